@@ -1,0 +1,55 @@
+## make test             make .venv and run the whole test suite
+## make demo             make .venv and a dataset, train BC and TD3+BC on it, print their scores and draw them
+## make dataset ID=...   make a local dataset, e.g. ID=reef/pointmaze/umaze-v0
+## make bench            updates per second of every script
+## make scores           gather finished runs into results/scores/*.csv
+## make lint             ruff
+##
+## PYTHON=...       the Python that .venv is made with (3.11 or newer; python3.11 where there is one, else python3)
+## TORCH_INDEX=...  the package index that torch comes from when .venv is made (default: pip's own), for example
+##                  https://download.pytorch.org/whl/cpu where there is no GPU
+
+PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
+TORCH_INDEX ?=
+
+RUN = .venv/bin/python
+DATASETS = $(patsubst configs/collect/%.yaml,reef/%,$(sort $(wildcard configs/collect/*/*.yaml)))
+
+.PHONY: help test demo dataset known-dataset bench scores lint
+
+help:
+	@sed -n 's/^## \{0,1\}//p' Makefile
+
+test: .venv/complete
+	$(RUN) -m pytest
+
+demo: .venv/complete
+	@$(MAKE) --no-print-directory dataset ID=reef/pointmaze/umaze-v0
+	$(RUN) results/demo.py
+
+dataset: known-dataset .venv/complete
+	$(RUN) algorithms/collect/pointmaze.py --config_path configs/collect/$(ID:reef/%=%).yaml
+
+known-dataset:
+	$(if $(ID),,$(error which dataset? make dataset ID=<one of: $(DATASETS)>))
+	$(if $(filter $(DATASETS),$(ID)),,$(error no recipe for $(ID); make dataset ID=<one of: $(DATASETS)>))
+	@:
+
+bench: .venv/complete
+	$(RUN) results/bench.py
+
+scores: .venv/complete
+	$(RUN) results/scores.py
+
+lint: .venv/complete
+	$(RUN) -m ruff check
+
+# The environment, made again from nothing whenever requirements.txt changes. The stamp comes last: without it,
+# whatever an interrupted attempt left in .venv does not count.
+.venv/complete: requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || \
+		{ echo "Reef needs Python 3.11 or newer, and $(PYTHON) is not: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	$(RUN) -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' requirements.txt)
+	$(RUN) -m pip install -r requirements.txt
+	@touch $@

@@ -1,0 +1,398 @@
+"""PointMaze data by a planner that wanders: D4RL's maze2d recipe (Fu et al., 2020, arXiv:2004.07219).
+
+A planner drives a ball through a maze from one random goal to the next. The learner sees position and
+velocity, never these goals, and its rewards count another: the fixed goal cell of the evaluation environment.
+So imitation wanders, and value learning can stitch pieces of many walks into one that goes there and stays.
+
+  (1)  next[g][c]: the cell after c on a shortest way to cell g, by breadth-first search from g
+  (2)  u = 10 (w - position) - velocity;  w: the goal if it is in the next cell, else that cell's centre
+  (3)  a = clip(u + eps, -1, 1),  eps ~ N(0, noise^2)
+  (4)  a goal is a random free cell's centre, shifted by at most 0.25 m; within 0.1 m of it comes the next
+  (5)  r = 1 within 0.45 m of the environment's goal, else 0; an episode lasts until its time limit
+
+The goal-conditioned form (`goals: true`, as Minari's D4RL/pointmaze) shows the planner's goal in a Dict
+observation and rewards it. Reaching it truncates the episode; the next goes on from there to another goal.
+
+Differences from D4RL: (1) is looked up in every step, where D4RL's planner visits waypoints one by one, so
+the ball cuts corners and recovers from any push; (4) shifts by at most 0.1 m there; in (5) the radius is
+0.5 m there and the goal's place never changes (here the environment shifts it by at most 0.25 m in each
+episode); each episode starts in a random free cell, where D4RL's walk never starts anew.
+
+  python algorithms/collect/pointmaze.py --config_path configs/collect/pointmaze/umaze-v0.yaml
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import io
+import math
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import get_args
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pandas as pd
+import pyrallis
+import yaml
+from gymnasium.wrappers import FilterObservation, FlattenObservation
+from minari.data_collector import EpisodeBuffer
+from minari.namespace import create_namespace
+from minari.storage import get_dataset_path
+from tqdm import tqdm
+
+MAZES = {  # Gymnasium id and the goal that D4RL rewards, a free cell (row, column)
+    "umaze": ("PointMaze_UMaze-v3", (1, 1)),
+    "medium": ("PointMaze_Medium-v3", (6, 6)),
+    "large": ("PointMaze_Large-v3", (7, 9)),
+}
+
+
+def limit(default, low: float = -math.inf, high: float = math.inf, choices: tuple = ()):
+    """A Config field with its own limits; without one an int is at least 1 and a float at least 0."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices})
+
+
+@dataclasses.dataclass
+class Config:
+    """PointMaze data by a planner that wanders."""
+
+    dataset: str = "reef/pointmaze/umaze-v0"  # Minari id of the dataset to write
+    maze: str = limit("umaze", choices=tuple(MAZES))  # umaze, medium or large
+    goals: bool = False  # true: the goal-conditioned form
+    steps: int = 200_000  # transitions, rounded up to whole episodes
+    seed: int = limit(0, low=0)  # of starts, goals and noise
+    noise: float = 0.5  # deviation of the noise on actions, (3)
+    shards: int = 20  # parts of the data, each with random numbers of its own
+    reference_episodes: int = 100  # episodes behind each reference score
+    processes: int = limit(0, low=0)  # working side by side, 0: one per core; the data do not depend on it
+
+
+# ---------------------------------------------- The planner -----------------------------------------------
+
+
+class Planner:
+    """Drives the ball from anywhere to anywhere in a maze whose cells are 1 m wide."""
+
+    def __init__(self, maze):
+        self.maze = maze
+        rows = enumerate(maze.maze_map)
+        self.cells = [(i, j) for i, row in rows for j, cell in enumerate(row) if cell != 1]  # 1 is a wall
+        self.next = {goal: self.search(goal) for goal in self.cells}  # (1)
+
+    def search(self, goal: tuple[int, int]) -> dict[tuple[int, int], tuple[int, int]]:
+        """{cell: the cell after it on a shortest way to `goal`}, breadth first from the goal."""
+        following, queue = {goal: goal}, deque([goal])
+        while queue:
+            i, j = cell = queue.popleft()
+            for neighbour in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
+                if neighbour in self.cells and neighbour not in following:
+                    following[neighbour] = cell
+                    queue.append(neighbour)
+        return following
+
+    def act(self, position: np.ndarray, velocity: np.ndarray, goal: np.ndarray) -> np.ndarray:
+        """Action [2], not clipped yet; position and goal [2] in m, velocity [2] in m/s."""
+        goal_cell = tuple(self.maze.cell_xy_to_rowcol(goal))
+        next_cell = self.next[goal_cell][tuple(self.maze.cell_xy_to_rowcol(position))]
+        waypoint = goal if next_cell == goal_cell else self.maze.cell_rowcol_to_xy(next_cell)
+        return 10 * (waypoint - position) - velocity  # (2)
+
+    def draw_goal(self, rng: np.random.Generator) -> np.ndarray:
+        """Position [2] in m near the centre of a random free cell."""
+        cell = self.cells[rng.integers(len(self.cells))]
+        return self.maze.cell_rowcol_to_xy(cell) + rng.uniform(-0.25, 0.25, 2)  # (4)
+
+
+# -------------------------------------- Environments and episodes --------------------------------------
+
+
+def stock_spec(maze: str) -> gym.envs.registration.EnvSpec:
+    """The maze as gymnasium-robotics registers it."""
+    with contextlib.redirect_stderr(io.StringIO()):  # the import prints a notice about robot hands
+        import gymnasium_robotics
+    gym.register_envs(gymnasium_robotics)
+    return gym.spec(MAZES[maze][0])
+
+
+def make_environment(config: Config, evaluation: bool) -> gym.Env:
+    """Where policies are scored (`evaluation`) or data collected; one and the same in the plain form.
+
+    Plain form: observations [4], position in m and velocity in m/s; one goal cell, starts in all the others.
+    Goal-conditioned form: the stock environment; in collection it has no time limit, and a goal that is
+    reached gives way to another.
+    """
+    spec = stock_spec(config.maze)
+    if config.goals:
+        return gym.make(spec) if evaluation else gym.make(spec, reset_target=True, max_episode_steps=-1)
+    maze_map, (i, j) = [list(row) for row in spec.kwargs["maze_map"]], MAZES[config.maze][1]
+    maze_map[i][j] = "g"
+    env = gym.make(spec, maze_map=maze_map, continuing_task=True, reset_target=False)
+    return FlattenObservation(FilterObservation(env, ["observation"]))
+
+
+def collect(config: Config, seed: np.random.SeedSequence, steps: int) -> list[EpisodeBuffer]:
+    """One shard: whole episodes of the noisy planner until they have `steps` transitions."""
+    rng, env = np.random.default_rng(seed), make_environment(config, evaluation=False)
+    world, episodes = env.unwrapped, []
+    planner = Planner(world.maze)
+    observation, _ = env.reset(seed=int(rng.integers(2**31)))
+    while sum(map(len, episodes)) < steps:
+        goal = world.goal if config.goals else planner.draw_goal(rng)
+        observations, actions, rewards, truncated = [observation], [], [], False
+        while not truncated:
+            action = planner.act(world.data.qpos, world.data.qvel, goal)
+            action = (action + config.noise * rng.standard_normal(2)).clip(-1, 1).astype(np.float32)  # (3)
+            observation, reward, _, truncated, info = env.step(action)
+            observations.append(observation)
+            actions.append(action)
+            rewards.append(reward)  # (5)
+            if config.goals:
+                truncated = info["success"]
+            elif np.linalg.norm(world.data.qpos - goal) < 0.1:
+                goal = planner.draw_goal(rng)
+        episodes.append(make_episode(observations, actions, rewards))
+        if config.goals:  # the same place, now with the goal that the environment has just drawn
+            observation = {**observation, "desired_goal": world.goal.copy()}
+        else:
+            observation, _ = env.reset()
+    return episodes
+
+
+def make_episode(observations: list, actions: list, rewards: list) -> EpisodeBuffer:
+    """A truncated episode of T + 1 observations (arrays or dicts of them), T actions and T rewards."""
+    if isinstance(observations[0], dict):
+        observations = {key: np.stack([entry[key] for entry in observations]) for key in observations[0]}
+    else:
+        observations = np.stack(observations)
+    last = np.arange(len(rewards)) == len(rewards) - 1
+    return EpisodeBuffer(
+        observations=observations,
+        actions=np.stack(actions),
+        rewards=np.array(rewards),
+        terminations=np.zeros_like(last),
+        truncations=last,
+        infos={},  # without, Minari cannot print the episode
+    )
+
+
+def measure(config: Config, seed: np.random.SeedSequence, policy: str) -> dict[str, float]:
+    """Return and success of "random" actions or the noiseless "planner", told the goal, in the evaluation."""
+    rng, env = np.random.default_rng(seed), make_environment(config, evaluation=True)
+    world, returns, successes = env.unwrapped, np.zeros(config.reference_episodes), 0
+    planner = Planner(world.maze)
+    for episode in range(config.reference_episodes):
+        env.reset(seed=int(rng.integers(2**31)))
+        truncated = success = False
+        while not truncated:
+            if policy == "random":
+                action = rng.uniform(-1, 1, 2)
+            else:
+                action = planner.act(world.data.qpos, world.data.qvel, world.goal).clip(-1, 1)
+            _, reward, _, truncated, info = env.step(action.astype(np.float32))
+            returns[episode] += reward
+            success |= info["success"]
+        successes += success
+    return {"return_mean": returns.mean(), "return_std": returns.std(), "success": successes / len(returns)}
+
+
+# ---------------------------------------------- The dataset -----------------------------------------------
+
+
+def make_dataset(config: Config) -> None:
+    """Writes the dataset that `config` describes, with its reference scores, unless it is there."""
+    if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", config.dataset):
+        raise UserError(f"dataset: {config.dataset!r} is no Minari id such as reef/pointmaze/umaze-v0")
+    horizon = stock_spec(config.maze).max_episode_steps
+    if config.steps < horizon:
+        raise UserError(f"steps: {config.steps} is less than one episode ({horizon} in {config.maze})")
+    recipe = {name: value for name, value in vars(config).items() if name not in ("dataset", "processes")}
+    if get_dataset_path(config.dataset).exists():
+        found = minari.load_dataset(config.dataset).storage.metadata
+        if found.get("recipe") != recipe:
+            raise UserError(f"{config.dataset} is there, by another recipe: minari delete {config.dataset}")
+        print(f"{config.dataset} is there: {found['total_steps']:,} steps, sha256 {found['content_hash']}")
+        return
+
+    start, policies = time.perf_counter(), ("random", "planner")
+    seeds = np.random.SeedSequence(config.seed).spawn(config.shards + len(policies))
+    shares = np.array_split(np.full(math.ceil(config.steps / horizon), horizon), config.shards)
+    jobs = [(measure, config, seed, policy) for seed, policy in zip(seeds[config.shards :], policies)]
+    jobs += [(collect, config, seed, share.sum()) for seed, share in zip(seeds, shares)]
+    processes = min(config.processes or os.cpu_count(), len(jobs))
+    results = tqdm(run_jobs(jobs, processes), config.dataset, len(jobs), unit="job", disable=None)
+    low, high, *shards = results
+    written = write_dataset(
+        config.dataset,
+        [episode for shard in shards for episode in shard],
+        env=make_environment(config, evaluation=False),
+        eval_env=make_environment(config, evaluation=True),
+        algorithm_name="breadth-first search and a noisy PD controller",
+        description=describe_dataset(config),
+        ref_min_score=low["return_mean"],
+        ref_max_score=high["return_mean"],
+        num_episodes_average_score=config.reference_episodes,
+        data_format="hdf5",
+        extra={
+            "recipe": recipe,
+            "reference_scores": dict(zip(policies, (low, high))),
+            "versions": {name: version(name) for name in ("gymnasium-robotics", "mujoco", "numpy")},
+        },
+    )
+    print(
+        f"{config.dataset}: {written['total_steps']:,} steps in {written['total_episodes']:,} episodes"
+        f" ({time.perf_counter() - start:.0f} s); mean return {low['return_mean']:.1f} (random),"
+        f" {high['return_mean']:.1f} (planner); sha256 {written['content_hash']}"
+    )
+
+
+def describe_dataset(config: Config) -> str:
+    """The dataset in words, for its metadata."""
+    environment, goal_cell = MAZES[config.maze]
+    if config.goals:
+        form = (
+            "Observations show the goal of the moment and rewards count it. An episode is truncated within"
+            " 0.45 m of its goal, and the next goes on from there. In the evaluation environment an episode"
+            " keeps its goal."
+        )
+    else:
+        form = (
+            f"Rewards count the steps within 0.45 m of a goal in cell {goal_cell} (row, column), which the"
+            " environment shifts by at most 0.25 m along each axis in each episode. It is not the planner's,"
+            " and observations (position, velocity) show neither."
+        )
+    return (
+        f"A planner with Gaussian noise of deviation {config.noise} on its actions drives the ball of"
+        f" {environment} from one random goal to the next. {form} Reference scores are mean returns of"
+        f" {config.reference_episodes} episodes in the evaluation environment: ref_min_score of uniformly"
+        " random actions, ref_max_score of the planner without noise, told the goal."
+    )
+
+
+def run_jobs(jobs: list[tuple], processes: int):
+    """The results of jobs (function, *arguments), in their order whatever the number of processes."""
+    if processes == 1:
+        yield from (function(*arguments) for function, *arguments in jobs)
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), watch_parent) as pool:
+        futures = [pool.submit(*job) for job in jobs]
+        yield from (future.result() for future in futures)
+
+
+def watch_parent() -> None:
+    """Ends this worker when its parent is killed; it would wait for jobs for ever."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def write_dataset(dataset_id: str, episodes: list[EpisodeBuffer], extra: dict, **metadata) -> dict:
+    """Writes a dataset all at once (into a hidden folder of the Minari root, then renamed); its metadata.
+
+    `metadata` are Minari's own fields, as its `create_dataset_from_buffers` takes them; `extra` joins them.
+    """
+    root, namespace = get_dataset_path(), dataset_id.rpartition("/")[0]
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=root) as folder:
+        os.environ["MINARI_DATASETS_PATH"] = folder  # a root of its own: a dataset cannot change its id
+        try:
+            with warnings.catch_warnings(action="ignore"):  # about an e-mail address and a link
+                dataset = minari.create_dataset_from_buffers(dataset_id, episodes, **metadata)
+        finally:
+            os.environ["MINARI_DATASETS_PATH"] = str(root)
+        dataset.storage.update_metadata({**extra, "content_hash": content_hash(dataset)})
+        with contextlib.suppress(ValueError):  # it is there, or the id has none
+            create_namespace(namespace)
+        os.rename(Path(folder, dataset_id), root / dataset_id)
+    return minari.load_dataset(dataset_id).storage.metadata
+
+
+def content_hash(dataset: minari.MinariDataset) -> str:
+    """sha256, as hexadecimal digits, of dtype, shape and bytes of every array, episode by episode."""
+    digest = hashlib.sha256()
+    for e in dataset.iterate_episodes():
+        for array in (e.observations, e.actions, e.rewards, e.terminations, e.truncations):
+            for leaf in leaves(array):
+                digest.update(f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
+    return digest.hexdigest()
+
+
+# ------------------------------ Plumbing: the same in every script, word for word ------------------------------
+
+
+class UserError(Exception):
+    """What the user can mend: `main` prints it as one line and exits with status 2, or with its second argument."""
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """Config from `--field value` pairs on top of the YAML file of `--config_path`.
+
+    Pyrallis writes --help and no more: its parser takes `--see 3` for the seed, and 2.5 for 2.
+    """
+    if {"-h", "--help"} & set(arguments):
+        pyrallis.parse(Config, args=["--help"])
+    words = [word for text in arguments for word in text.split("=", text.startswith("--"))]  # --a=b is --a b
+    values = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2])}
+    if len(words) % 2:
+        raise UserError("arguments come in pairs, --field value (see --help)")
+    if path := values.pop("config_path", None):
+        try:
+            values = {**(yaml.safe_load(Path(path).read_text()) or {}), **values}
+        except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"cannot read {path} as lines of `field: value`: {error!r:.200}") from None
+    fields = [field.name for field in dataclasses.fields(Config)]
+    for name in values.keys() - fields:
+        near = difflib.get_close_matches(str(name), fields, 1)
+        raise UserError(f"unknown field {name}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
+    return check_config(Config(**values))
+
+
+def check_config(config: Config) -> Config:
+    """`config`, every value in its field's type and limits: 1e6 is an int, 2.5 is not, and "maybe" is no bool."""
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), (get_args(field.type) or (field.type,))[0]
+        low = field.metadata.get("low", {int: 1, float: 0}.get(field.type, -math.inf))
+        high, choices = field.metadata.get("high", math.inf), field.metadata.get("choices", ())
+        number = float(pd.to_numeric(str(value), errors="coerce"))  # nan for what is no number
+        if kind is not field.type and value in (None, "null"):
+            value = None
+        elif kind is bool and str(value).lower() in ("true", "false"):
+            value = str(value).lower() == "true"
+        elif kind in (int, float) and low <= number <= high and abs(number) < math.inf and kind(number) == number:
+            value = kind(number)
+        elif kind is not str or not isinstance(value, str) or (choices and value not in choices):
+            limits = f" in [{low}, {high}]" if kind in (int, float) else ""
+            wanted = " or ".join(choices) or {bool: "true or false", str: "text"}.get(kind, kind.__name__ + limits)
+            raise UserError(f"{field.name}: {value!r} is not {wanted}")
+        setattr(config, field.name, value)
+    return config
+
+
+def leaves(tree) -> list:
+    """The arrays or spaces in a Dict, in the order of its sorted keys, however deep; anything else is its own leaf."""
+    return [leaf for key in sorted(tree) for leaf in leaves(tree[key])] if isinstance(tree, Mapping) else [tree]
+
+
+def run_recipe(arguments: list[str]) -> int:
+    """Exit status; what the user can mend ends in one line on stderr."""
+    try:
+        make_dataset(parse_config(arguments))
+    except (UserError, OSError) as error:  # OSError: no space, no permission
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_recipe(sys.argv[1:]))

@@ -1,0 +1,624 @@
+"""BC: behaviour cloning, and %BC on the best trajectories only (Chen et al., 2021, arXiv:2106.01345).
+
+Imitation: predict the action in the data from the observation. What it scores is what the data themselves are
+worth, so it stands beside every other algorithm. With `fraction` below 1 it imitates only the trajectories
+with the highest returns: hard to beat where the data hold good ones, no help where they must be put together.
+
+  (1)  D_X = the best X % of the trajectories by return                     X = 100 * fraction
+  (2)  L = mean (pi(s) - a)^2                                               over batch and action entries
+
+Differences from the paper: the paper takes the best trajectories up to X % of the steps, (1) takes X % of the
+trajectories. They agree where all trajectories are equally long.
+
+  python algorithms/offline/bc.py --config_path configs/offline/bc/reef/pointmaze/umaze-v0-top10.yaml
+"""
+
+import collections
+import contextlib
+import dataclasses
+import difflib
+import errno
+import hashlib
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Optional, get_args
+
+import filelock
+import gymnasium as gym
+import minari
+import numpy as np
+import pandas as pd
+import psutil
+import pyrallis
+import torch
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+def limit(default, low: float = -math.inf, high: float = math.inf, choices: tuple = ()):
+    """A Config field with its own limits; without one an int is at least 1 and a float at least 0."""
+    return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices})
+
+
+@dataclasses.dataclass
+class Config:
+    """BC. Write `null` for none and true or false for a switch."""
+
+    dataset: str = "reef/pointmaze/umaze-v0"  # Minari id, on this machine or on the hub
+    seed: int = limit(0, low=0)  # of networks, batches, noise and evaluations
+    variant: str = "default"  # names these settings in the run's folder and in the tables
+    updates: int = 1_000_000  # gradient updates
+    batch_size: int = 256  # transitions in an update
+    actor_lr: float = 3e-4  # Adam's step size
+    hidden_dim: int = 256  # units in a hidden layer
+    hidden_layers: int = 2  # hidden layers of every network
+    fraction: float = limit(1.0, 0, 1)  # share of the trajectories to imitate, the best; at least one
+    normalize_states: bool = True  # standardise observations by the dataset's mean and deviation
+    reward_scale: float = limit(1.0)  # the learner sees reward_scale * r + reward_shift
+    reward_shift: float = limit(0.0)  # see reward_scale
+    environment: Optional[str] = None  # Gymnasium id to evaluate in; null: the dataset's own
+    ref_min: Optional[float] = None  # return that scores 0; null: the dataset's own
+    ref_max: Optional[float] = None  # return that scores 100; null: the dataset's own
+    eval_every: int = 5000  # updates between evaluations
+    eval_episodes: int = 10  # episodes of an evaluation along the way
+    final_eval_episodes: int = 100  # episodes of the evaluation that is the score
+    log_every: int = 1000  # updates between rows of metrics.csv
+    checkpoint_every: int = 10_000  # updates between checkpoints
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    threads: int = limit(0, low=0)  # CPU threads; 0: torch's choice
+    compile: bool = True  # compile the losses
+    precision: str = limit("highest", choices=("highest", "high", "medium"))  # of float32 matrix products
+    wandb_mode: str = limit("offline", choices=("offline", "online", "disabled"))  # mirror of the CSV files
+    wandb_project: str = "reef"  # wandb project
+    output_dir: str = "results/runs"  # where run folders go
+
+
+# ----------------------------------------------- BC -----------------------------------------------
+
+
+class BC:
+    """Actor and optimiser, and the update that trains them on batches in the learner's units."""
+
+    def __init__(self, config: Config, obs_dim: int, act_dim: int, device: torch.device):
+        self.config, self.updates = config, 0
+        self.units = Units(obs_dim, act_dim).to(device)
+        self.actor = DeterministicActor(obs_dim, act_dim, config.hidden_dim, config.hidden_layers).to(device)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), config.actor_lr, fused=True)
+
+    def keep_episodes(self, returns: np.ndarray) -> np.ndarray:
+        """Numbers of the episodes to learn from, (1), given the returns [episodes] of all."""
+        count = max(1, round(self.config.fraction * len(returns)))
+        return np.sort(np.argsort(-returns, kind="stable")[:count])
+
+    def actor_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = (self.actor(batch["observations"]) - batch["actions"]).square().mean()  # (2)
+        return loss, {"actor/loss": loss.detach()}
+
+    def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.updates += 1
+        loss, metrics = self.actor_loss(batch)
+        descend(self.actor_optimizer, loss)
+        return metrics
+
+    @torch.inference_mode()
+    def act(self, observations) -> np.ndarray:
+        """Raw observations [..., obs_dim], or Dicts -> actions [..., act_dim] in the environment's units."""
+        return self.units.to_environment(self.actor(self.units.to_learner(observations)))
+
+
+Algorithm = BC  # the name by which the plumbing below knows it
+
+
+# -------------------------------------------- Networks --------------------------------------------
+
+
+def mlp(inputs: int, hidden_dim: int, hidden_layers: int, outputs: int) -> nn.Sequential:
+    """ReLU network [..., inputs] -> [..., outputs]."""
+    sizes = [inputs] + [hidden_dim] * hidden_layers
+    hidden = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(sizes[-1], outputs))
+
+
+class DeterministicActor(nn.Module):
+    """pi(s): observations [B, obs_dim] -> actions [B, act_dim] in [-1, 1]."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, hidden_layers: int):
+        super().__init__()
+        self.net = mlp(obs_dim, hidden_dim, hidden_layers, act_dim)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        return torch.tanh(self.net(observations))
+
+
+# ------------------------ Plumbing: the same in every script, word for word ------------------------
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step down the gradient of `loss` for the parameters of `optimizer` and no others."""
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+        parameter.grad = gradient
+    optimizer.step()
+
+
+@torch.no_grad()
+def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target <- target + tau (source - target)."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+class UserError(Exception):
+    """What the user can mend: `main` prints one line and exits with status 2, or the second argument."""
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """Config from `--field value` pairs on top of the YAML file of `--config_path`.
+
+    Pyrallis writes --help and no more: its parser takes `--see 3` for the seed, and 2.5 for 2.
+    """
+    if {"-h", "--help"} & set(arguments):
+        pyrallis.parse(Config, args=["--help"])
+    words = [word for text in arguments for word in text.split("=", text.startswith("--"))]  # --a=b is --a b
+    values = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2])}
+    if len(words) % 2:
+        raise UserError("arguments come in pairs, --field value (see --help)")
+    if path := values.pop("config_path", None):
+        try:
+            values = {**(yaml.safe_load(Path(path).read_text()) or {}), **values}
+        except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"cannot read {path} as lines of `field: value`: {error!r:.200}") from None
+    fields = [field.name for field in dataclasses.fields(Config)]
+    for name in values.keys() - fields:
+        near = difflib.get_close_matches(str(name), fields, 1)
+        raise UserError(f"unknown field {name}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
+    return check_config(Config(**values))
+
+
+def check_config(config: Config) -> Config:
+    """`config` with values of its fields' types and limits: 1e6 is an int, 2.5 is not, "maybe" is no bool."""
+    for field in dataclasses.fields(config):
+        value, kind = getattr(config, field.name), (get_args(field.type) or (field.type,))[0]
+        low = field.metadata.get("low", {int: 1, float: 0}.get(field.type, -math.inf))
+        high, choices = field.metadata.get("high", math.inf), field.metadata.get("choices", ())
+        number = float(pd.to_numeric(str(value).replace("_", ""), errors="coerce"))  # nan for what is none
+        fits = low <= number <= high and abs(number) < math.inf
+        if kind is not field.type and value in (None, "null"):
+            value = None
+        elif kind is bool and str(value).lower() in ("true", "false"):
+            value = str(value).lower() == "true"
+        elif kind in (int, float) and fits and number == kind(number):
+            value = kind(number)
+        elif kind is not str or not isinstance(value, str) or (choices and value not in choices):
+            wanted = {bool: "true or false", str: " or ".join(choices) or "text"}
+            wanted = wanted.get(kind, f"{kind.__name__} in [{low}, {high}]")
+            raise UserError(f"{field.name}: {value!r} is not {wanted}")
+        setattr(config, field.name, value)
+    return config
+
+
+def load_dataset(dataset_id: str) -> minari.MinariDataset:
+    """The dataset on this machine, else from the Minari hub; says which."""
+    local, ours = dataset_id in minari.list_local_datasets(), dataset_id.startswith("reef/")
+    try:
+        dataset = minari.load_dataset(dataset_id, download=not (local or ours))
+    except Exception as error:  # the hub's client raises whatever its transport does
+        advice = "make it: make dataset ID=" if ours else "see `minari list remote`, or try minari download "
+        raise UserError(f"cannot load {dataset_id} ({error!r:.200}); {advice}{dataset_id}") from None
+    size = f"{dataset.total_episodes:,} episodes, {dataset.total_steps:,} steps"
+    print(f"{dataset_id}, {'on this machine' if local else 'from the Minari hub'}: {size}")
+    return dataset
+
+
+def make_environments(dataset: minari.MinariDataset, name: str | None, count: int) -> gym.vector.VectorEnv:
+    """`count` environments to evaluate in: `name`, else the dataset's, bare if its wrappers fail."""
+    with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
+        gym.register_envs(importlib.import_module("gymnasium_robotics"))  # mazes, hands and kitchen
+    spec = None if name else dataset._eval_env_spec or dataset.env_spec
+    makers = {name: partial(gym.make, name)} if name else {}
+    if spec:
+        makers[f"{spec.id}, as recorded"] = partial(dataset.recover_environment, eval_env=True)
+        limited = partial(gym.make, spec.id, max_episode_steps=spec.max_episode_steps)
+        makers[f"{spec.id}, without its recorded wrappers"] = partial(limited, **spec.kwargs)
+    problem = f"{dataset.id} carries no environment"
+    for title, make in makers.items():
+        try:
+            mode = gym.vector.AutoresetMode.SAME_STEP
+            environments = gym.vector.SyncVectorEnv([make] * count, copy=False, autoreset_mode=mode)
+            print(f"evaluated in {title}")
+            return environments
+        except Exception as error:  # environments raise whatever they like
+            problem = f"cannot make {title}: {error!r:.200}"
+    raise UserError(f"{problem}; name one to evaluate in with --environment")
+
+
+def leaves(tree) -> list:
+    """The entries of a Dict in the order of its sorted keys, however deep; anything else is its own leaf."""
+    mapping = isinstance(tree, Mapping)
+    return [leaf for key in sorted(tree) for leaf in leaves(tree[key])] if mapping else [tree]
+
+
+def flatten(observations) -> np.ndarray:
+    """Observations as float32 [..., obs_dim], the leaves of a Dict side by side."""
+    return np.concatenate([np.asarray(leaf, np.float32) for leaf in leaves(observations)], axis=-1)
+
+
+def flat_dim(space: gym.Space) -> int:
+    """Length of the vector that `flatten` makes of an element of `space`."""
+    for leaf in leaves(space):
+        if not isinstance(leaf, gym.spaces.Box) or len(leaf.shape) != 1:
+            discrete = isinstance(leaf, gym.spaces.Discrete)
+            advice = "use one of algorithms/discrete/" if discrete else "it takes vectors (Box)"
+            raise UserError(f"this script is not for {leaf}: {advice}")
+    return sum(leaf.shape[0] for leaf in leaves(space))
+
+
+class Units(nn.Module):
+    """Between the environment's units and the learner's: standardised observations, actions in [-1, 1]."""
+
+    def __init__(self, obs_dim: int, act_dim: int):
+        super().__init__()
+        for name, size in {"mean": obs_dim, "std": obs_dim, "low": act_dim, "high": act_dim}.items():
+            self.register_buffer(name, torch.full((size,), {"mean": 0.0, "low": -1.0}.get(name, 1.0)))
+
+    def to_learner(self, observations) -> Tensor:
+        return (torch.as_tensor(flatten(observations), device=self.mean.device) - self.mean) / self.std
+
+    def scale_actions(self, actions) -> Tensor:
+        actions = torch.as_tensor(actions, device=self.low.device)
+        return 2 * (actions - self.low) / (self.high - self.low).clamp(min=1e-6) - 1
+
+    def to_environment(self, actions: Tensor) -> np.ndarray:
+        return (self.low + (actions + 1) / 2 * (self.high - self.low)).cpu().numpy()
+
+
+def load_transitions(dataset: minari.MinariDataset, action_space: gym.Space, algorithm) -> tuple[dict, dict]:
+    """All transitions in the learner's units on its device, and what to record of them; sets the units.
+
+    observations and next_observations [N, obs_dim], actions [N, act_dim] in [-1, 1], rewards and terminations
+    [N]. A truncation is no termination, and a next observation is always its own episode's.
+    """
+    config, units, device = algorithm.config, algorithm.units, algorithm.units.mean.device
+    needed = 12 * dataset.total_steps * (2 * len(units.mean) + len(units.low) + 2)  # float32, and two copies
+    cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
+    if needed > free:
+        gib = f"{needed / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB are free"
+        raise UserError(f"{dataset.id} needs {gib}")
+    parts, digest = collections.defaultdict(list), hashlib.sha256()
+    for episode in dataset.iterate_episodes():
+        where, observations = f"{dataset.id}, episode {episode.id}", flatten(episode.observations)
+        columns = {"observations": observations[:-1], "actions": episode.actions, "rewards": episode.rewards,
+                   "next_observations": observations[1:], "terminations": episode.terminations}
+        lengths = {key: len(column) for key, column in columns.items()}
+        if set(lengths.values()) != {len(episode.truncations)} or not len(episode.rewards):
+            raise UserError(f"{where} is malformed: {lengths}, {len(episode.truncations)} truncations")
+        for key, column in columns.items():
+            if not np.isfinite(column).all():
+                raise UserError(f"{where}: {key} are not all finite")
+            parts[key].append(np.asarray(column, np.float32))
+        for field in ("observations", "actions", "rewards", "terminations", "truncations"):
+            for leaf in leaves(getattr(episode, field)):
+                digest.update(f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
+    returns = np.array([rewards.sum(dtype=np.float64) for rewards in parts["rewards"]])
+    if not len(returns) or sum(map(len, parts["rewards"])) != dataset.total_steps:
+        raise UserError(f"{dataset.id} does not hold the {dataset.total_steps:,} steps of its metadata")
+    if hasattr(algorithm, "keep_episodes"):
+        kept = algorithm.keep_episodes(returns)
+        parts = {key: [column[i] for i in kept] for key, column in parts.items()}
+    data = {key: np.concatenate(column) for key, column in parts.items()}
+
+    low = np.where(np.isfinite(action_space.low), action_space.low, data["actions"].min(0))
+    high = np.where(np.isfinite(action_space.high), action_space.high, data["actions"].max(0))
+    clipped = float(((data["actions"] < low) | (data["actions"] > high)).mean())
+    print(f"{clipped:.2%} of the action entries lie outside the action bounds and are clipped to them")
+    data["actions"] = data["actions"].clip(low, high)
+    scale = 1000 / max(np.ptp(returns), 1e-6) if getattr(config, "normalize_rewards", False) else 1
+    data["rewards"] = getattr(config, "reward_scale", 1) * scale * data["rewards"]
+    data["rewards"] += getattr(config, "reward_shift", 0)
+    buffers = {"low": low, "high": high}
+    if config.normalize_states:
+        buffers["mean"] = data["observations"].mean(0, dtype=np.float64)
+        buffers["std"] = data["observations"].std(0, dtype=np.float64) + 1e-3
+    units.load_state_dict({key: torch.as_tensor(value) for key, value in buffers.items()}, strict=False)
+    data = {key: torch.as_tensor(column, dtype=torch.float32, device=device) for key, column in data.items()}
+    data["actions"] = units.scale_actions(data["actions"])
+    for key in ("observations", "next_observations"):
+        data[key] = (data[key] - units.mean) / units.std
+    facts = {"dataset_hash": digest.hexdigest(), "transitions": len(data["rewards"])}
+    return data, {**facts, "clipped_actions": clipped}
+
+
+def draw_batches(data: dict[str, Tensor], batch_size: int, seed: int, update: int) -> Iterator[dict]:
+    """Batches `update`, `update` + 1, ...: rows drawn with replacement, by seed and batch number alone."""
+    table = torch.cat([column.view(len(column), -1) for column in data.values()], 1)  # one look-up for all
+    widths = [column[0].numel() for column in data.values()]
+    while True:
+        block, start = divmod(update, 1000)  # the rows of 1000 batches are drawn at a time
+        rows = np.random.default_rng((seed, block)).integers(len(table), size=(1000, batch_size))
+        for batch_rows in torch.as_tensor(rows, device=table.device)[start:]:
+            columns = table.index_select(0, batch_rows).split(widths, 1)
+            yield {key: column.view(-1, *data[key].shape[1:]) for key, column in zip(data, columns)}
+        update += 1000 - start
+
+
+def evaluate(algorithm, environments: gym.vector.VectorEnv, episodes: int, seed: tuple) -> pd.DataFrame:
+    """A row an episode: return, length, success (nan if the environment knows none); `seed` sets the starts.
+
+    Every environment plays one episode a round; one that ends early plays on, uncounted, so that the policy's
+    batch keeps its size, on which the last bits of an action depend.
+    """
+    count, rounds = environments.num_envs, []
+    seeds = np.random.SeedSequence(seed).generate_state(episodes + count).tolist()
+    for first in range(0, episodes, count):
+        observations, _ = environments.reset(seed=seeds[first : first + count])
+        returns, lengths = np.zeros(count), np.zeros(count, int)
+        running, success = np.ones(count, bool), np.full(count, math.nan)
+        while running.any():
+            action = algorithm.act(observations)
+            observations, rewards, terminations, truncations, infos = environments.step(action)
+            returns, lengths = returns + running * rewards, lengths + running
+            ended, last = terminations | truncations, infos.get("final_info", {})  # of an episode's last step
+            now = np.where(ended, last.get("success", math.nan), infos.get("success", math.nan))
+            success = np.where(running, np.fmax(success, now), success)
+            running = running & ~ended
+        rounds.append(pd.DataFrame({"return": returns, "length": lengths, "success": success}))
+    return pd.concat(rounds, ignore_index=True)[:episodes]
+
+
+class Run:
+    """The folder of one run: its lock, config, record and checkpoint (README: What a run folder holds)."""
+
+    # These do not change the outcome: a run goes on although they differ.
+    FREE = ("device", "threads", "log_every", "checkpoint_every", "wandb_mode", "wandb_project", "output_dir")
+
+    def __init__(self, config: Config):
+        script = Path(__file__).resolve()
+        self.config, self.group = config, f"{script.stem}/{config.dataset}/{config.variant}"
+        self.folder = Path(config.output_dir, script.parent.name, self.group, f"seed-{config.seed}")
+        self.lock, self.wandb = filelock.FileLock(self.folder / "lock", timeout=0), None
+        self.info, self.checkpoint, self.history = {}, None, {"metrics": [], "evaluations": []}
+        if not (self.folder / "run.json").exists():
+            return
+        self.lock.acquire()
+        self.info = json.loads((self.folder / "run.json").read_text())
+        old, new = self.info["config"], dataclasses.asdict(config)
+        changed = [name for name in new if name not in self.FREE and old.get(name) != new[name]]
+        longer = changed == ["updates"] and new["updates"] > old["updates"]
+        if changed and (not longer or hasattr(Algorithm, "scheduled")):
+            fields = ", ".join(f"{name} {old.get(name)} -> {new[name]}" for name in changed)
+            fields += " (a learning rate is scheduled over them)" * longer
+            raise UserError(f"{self.folder} holds a run of another config: {fields}; take another --variant")
+        self.info["status"] = "running" if longer else self.info["status"]
+        if (self.folder / "checkpoint.pt").exists():
+            self.checkpoint = read_checkpoint(self.folder)
+            self.history = self.checkpoint["history"]
+
+    def start(self, **info) -> None:
+        """Opens the folder; what a killed process recorded after its last checkpoint goes."""
+        self.lock.acquire()
+        for key in ("device", "threads", "compiled", "versions"):
+            if self.checkpoint and self.info.get(key) != info[key]:
+                print(f"resumed with {key} {info[key]}, begun with {self.info.get(key)}: not the same bits")
+        config = dataclasses.asdict(self.config)
+        self.write("config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+        identity = json.dumps({name: value for name, value in config.items() if name not in self.FREE})
+        config_hash = hashlib.sha256(identity.encode()).hexdigest()
+        self.note(status="running", config=config, config_hash=config_hash, **info)
+        for name in self.history:
+            self.record(name, [])
+
+    def write(self, name: str, content: bytes) -> None:
+        """All of it or nothing, whenever the process is killed."""
+        (self.folder / f"{name}.new").write_bytes(content)
+        (self.folder / f"{name}.new").replace(self.folder / name)
+
+    def note(self, **info) -> None:
+        self.info |= info
+        self.write("run.json", json.dumps(self.info, indent=1).encode())
+
+    def record(self, name: str, rows: list[dict]) -> None:
+        self.history[name] += rows
+        self.write(f"{name}.csv", pd.DataFrame(self.history[name]).to_csv(index=False).encode())
+
+    def mirror(self, row: dict) -> None:
+        """To wandb, which is no record: where it fails, the run goes on without it."""
+        if self.config.wandb_mode == "disabled":
+            return
+        try:
+            import wandb  # takes seconds
+
+            self.wandb = self.wandb or wandb.init(
+                project=self.config.wandb_project, group=self.group, name=f"seed-{self.config.seed}",
+                config=self.info["config"], mode=self.config.wandb_mode, dir=self.folder,
+                settings=wandb.Settings(silent=True))
+            self.wandb.log(row, step=row["update"])
+        except Exception as error:
+            print(f"wandb failed, and the run goes on without it: {error!r:.200}", file=sys.stderr)
+            self.config.wandb_mode = "disabled"
+
+    def save(self, algorithm) -> None:
+        """Everything from which the run goes on to the same bits, if it is finite."""
+        parts = {name: part for name, part in vars(algorithm).items() if hasattr(part, "state_dict")}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        if not all(leaf.isfinite().all() for leaf in leaves(state) if isinstance(leaf, Tensor)):
+            raise UserError(f"diverged: a weight is not finite at update {algorithm.updates}", 3)
+        rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        checkpoint = {"updates": algorithm.updates, "state": state, "history": self.history, "rng": rng}
+        torch.save(checkpoint, buffer := io.BytesIO())
+        self.write("checkpoint.pt", buffer.getvalue())
+
+
+def read_checkpoint(folder: Path) -> dict:
+    try:
+        return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        problem = f"cannot read {folder}/checkpoint.pt: {error!r:.100}"
+        raise UserError(f"{problem}; remove {folder} to start anew") from None
+
+
+def restore(algorithm, checkpoint: dict) -> None:
+    algorithm.updates = checkpoint["updates"]
+    for name, state in checkpoint["state"].items():
+        getattr(algorithm, name).load_state_dict(state)
+
+
+def load(folder: str, device: str = "cpu") -> Algorithm:
+    """The policy of a run: `load(folder).act(observation)` takes raw observations, one or a batch."""
+    config, checkpoint = parse_config([f"--config_path={folder}/config.yaml"]), read_checkpoint(Path(folder))
+    units = checkpoint["state"]["units"]
+    algorithm = Algorithm(config, len(units["mean"]), len(units["low"]), torch.device(device))
+    restore(algorithm, checkpoint)
+    return algorithm
+
+
+def compile_losses(algorithm, device: torch.device) -> bool:
+    """Compiles each method whose name ends in _loss; where there is no C++ compiler, they stay eager."""
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        print("no C++ compiler (g++) here: the losses are not compiled, which is slower", file=sys.stderr)
+        return False
+    options = {"fallback_random": True}  # eager's random numbers: faster here, and the same as uncompiled
+    for name in dir(algorithm):
+        if name.endswith("_loss"):
+            setattr(algorithm, name, torch.compile(getattr(algorithm, name), dynamic=False, options=options))
+    return True
+
+
+def provenance(device: torch.device) -> dict:
+    """Commit (with a + where files differ from it), versions and hardware, as far as they are known here."""
+    git = partial(subprocess.run, cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
+    describe = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    commit = git(describe).stdout.strip() if shutil.which("git") else ""
+    names = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
+    versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in names}
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = cpuinfo.partition("model name\t: ")[2].partition("\n")[0] or platform.processor()
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return {"commit": commit, "device": f"{device.type}: {hardware}",
+            "threads": torch.get_num_threads(), "versions": {"python": platform.python_version(), **versions}}
+
+
+def train(config: Config) -> None:
+    """Trains, evaluates and records as `config` says; what the run's folder already holds is not redone."""
+    clock, config = time.perf_counter, check_config(config)
+    began, run = clock(), Run(config)
+    if run.info.get("status") == "finished":
+        return print(f"{run.folder} is finished: {run.info['result']}")
+    if run.info.get("status") == "diverged":
+        raise UserError(f"{run.folder} has {run.info['result']}", 3)
+    try:
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.zeros(1, device=auto if config.device == "auto" else config.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: cannot use {config.device}: {error!r:.100}") from None
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    torch.set_float32_matmul_precision(config.precision)
+    torch.manual_seed(config.seed)
+
+    dataset = load_dataset(config.dataset)
+    sizes = flat_dim(dataset.observation_space), flat_dim(dataset.action_space)
+    environments = make_environments(dataset, config.environment, 10)
+    spaces = environments.single_observation_space, environments.single_action_space
+    if sizes != (theirs := tuple(map(flat_dim, spaces))):
+        raise UserError(f"observations and actions are of sizes {sizes} in {dataset.id}, and {theirs} in the "
+                        "environment: name one that fits with --environment")
+    algorithm = Algorithm(config, *sizes, device)
+    data, facts = load_transitions(dataset, spaces[1], algorithm)
+    compiled = config.compile and compile_losses(algorithm, device)
+    run.start(compiled=compiled, **facts, **provenance(device))
+    if run.checkpoint:
+        restore(algorithm, run.checkpoint)
+        torch.set_rng_state(run.checkpoint["rng"]["cpu"])
+        torch.cuda.set_rng_state_all(run.checkpoint["rng"]["cuda"])
+    known = dataset.storage.metadata
+    ref_min, ref_max = known.get("ref_min_score", config.ref_min), known.get("ref_max_score", config.ref_max)
+
+    def evaluation(phase: str, episodes: int) -> dict[str, float]:
+        seed = config.seed, algorithm.updates, int(phase == "final")
+        table = evaluate(algorithm, environments, episodes, seed)
+        stamped = table.reset_index(names="episode").assign(update=algorithm.updates, phase=phase)
+        run.record("evaluations", stamped[["update", "phase", "episode", *table]].to_dict("records"))
+        mean, scored = table["return"].mean(), None not in (ref_min, ref_max)
+        result = {"score": 100 * (mean - ref_min) / (ref_max - ref_min) if scored else math.nan,
+                  "return_mean": mean, "return_std": table["return"].std(ddof=0),
+                  "length_mean": table["length"].mean(), "success": table["success"].mean()}
+        shown = ", ".join(f"{key} {value:.2f}" for key, value in result.items() if not math.isnan(value))
+        progress.write(f"update {algorithm.updates:,}, {phase} evaluation: {shown}")
+        return {f"eval/{key}": float(value) for key, value in result.items()}
+
+    batches = draw_batches(data, config.batch_size, config.seed, algorithm.updates)
+    history = run.history["metrics"]
+    earlier = history[-1]["time/wall_seconds"] if history else 0
+    rows = np.random.default_rng(0).integers(len(data["actions"]), size=1024)  # those of the support gap
+    probe = (data["observations"][rows] * algorithm.units.std + algorithm.units.mean).cpu()
+    progress = tqdm(total=config.updates, initial=algorithm.updates, unit=" updates", disable=None)
+    try:
+        mark = clock()
+        while algorithm.updates < config.updates:
+            metrics, update = algorithm.update(next(batches)), algorithm.updates
+            every = config.log_every, config.eval_every, config.checkpoint_every
+            due = [update % interval == 0 or update == config.updates for interval in every]
+            if not any(due):
+                continue
+            row = {"update": update, **{key: float(value) for key, value in metrics.items()}}
+            if not all(map(math.isfinite, row.values())):
+                raise UserError(f"diverged by update {update}: {row}", 3)
+            row["time/updates_per_second"] = (update - progress.n) / (clock() - mark)
+            progress.update(update - progress.n)
+            gap = algorithm.units.scale_actions(algorithm.act(probe)) - data["actions"][rows]
+            row["actor/support_gap"] = float(gap.norm(dim=1).mean())
+            row |= evaluation("training", config.eval_episodes) if due[1] else {}
+            row["time/wall_seconds"] = earlier + clock() - began
+            run.record("metrics", [row])
+            run.mirror(row)
+            if due[2]:
+                run.save(algorithm)
+            mark = clock()
+        progress.close()
+        final, table = evaluation("final", config.final_eval_episodes), pd.DataFrame(history)
+        speed, best = table["time/updates_per_second"].median(), table["eval/score"].max()
+        score, mean, std = (final[f"eval/{key}"] for key in ("score", "return_mean", "return_std"))
+        result = f"score {score:.1f}, return {mean:.1f} +- {std:.1f} in {config.final_eval_episodes} episodes"
+        result += f" (best score on the way, chosen with the simulator: {best:.1f})"
+        run.note(status="finished", result=result, best_score=best, updates_per_second=speed, **final,
+                 wall_seconds=earlier + clock() - began)
+        print(f"{run.folder}: {result}")
+    except BaseException as error:
+        status = {UserError: "diverged", KeyboardInterrupt: "running"}.get(type(error), "failed")
+        run.note(status=status, result=str(error)[:300])
+        raise
+    finally:
+        run.lock.release()
+
+
+def main() -> None:
+    """The command line: what the user can mend ends in one line on stderr."""
+    try:
+        return train(parse_config(sys.argv[1:]))
+    except UserError as error:
+        message, status = (*error.args, 2)[:2]
+    except filelock.Timeout as error:
+        message, status = f"another process is at work in {Path(error.lock_file).parent}", 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            raise
+        message, status = f"cannot write {error.filename}: {error.strerror}", 2
+    except KeyboardInterrupt:
+        message, status = "interrupted; the same command goes on from the last checkpoint", 130
+    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
