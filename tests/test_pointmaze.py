@@ -368,6 +368,20 @@ def test_a_killed_run_leaves_no_dataset_and_no_process(tmp_path, monkeypatch, mo
         minari.load_dataset("reef/pointmaze/umaze-goals-v0")
 
 
+def test_ctrl_c_ends_at_once_and_leaves_nothing(tmp_path):
+    environment = {**os.environ, "MINARI_DATASETS_PATH": str(tmp_path)}
+    words = command("--processes", "2", "--steps", "400000", "--shards", "50")
+    settings = {"env": environment, "start_new_session": True, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(words, **settings)
+    while len(psutil.Process(process.pid).children()) < 3 and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    assert process.communicate(timeout=20)[1].splitlines()[-1] == "interrupted: nothing was written"
+    assert process.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_ends_in_one_line_and_leaves_nothing(main, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")

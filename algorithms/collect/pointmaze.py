@@ -289,7 +289,10 @@ def run_jobs(jobs: list[tuple], processes: int):
         return
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), watch_parent) as pool:
         futures = [pool.submit(*job) for job in jobs]
-        yield from (future.result() for future in futures)
+        try:
+            yield from (future.result() for future in futures)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C or a failure the others need not start
 
 
 def watch_parent() -> None:
@@ -328,11 +331,11 @@ def content_hash(dataset: minari.MinariDataset) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------ Plumbing: the same in every script, word for word ------------------------------
+# ---------------------------- Plumbing: the same in every script, word for word ----------------------------
 
 
 class UserError(Exception):
-    """What the user can mend: `main` prints it as one line and exits with status 2, or with its second argument."""
+    """What the user can mend: `main` prints one line and exits with status 2, or the second argument."""
 
 
 def parse_config(arguments: list[str]) -> Config:
@@ -359,29 +362,31 @@ def parse_config(arguments: list[str]) -> Config:
 
 
 def check_config(config: Config) -> Config:
-    """`config`, every value in its field's type and limits: 1e6 is an int, 2.5 is not, and "maybe" is no bool."""
+    """`config` with values of its fields' types and limits: 1e6 is an int, 2.5 is not, "maybe" is no bool."""
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), (get_args(field.type) or (field.type,))[0]
         low = field.metadata.get("low", {int: 1, float: 0}.get(field.type, -math.inf))
         high, choices = field.metadata.get("high", math.inf), field.metadata.get("choices", ())
-        number = float(pd.to_numeric(str(value), errors="coerce"))  # nan for what is no number
+        number = float(pd.to_numeric(str(value).replace("_", ""), errors="coerce"))  # nan for what is none
+        fits = low <= number <= high and abs(number) < math.inf
         if kind is not field.type and value in (None, "null"):
             value = None
         elif kind is bool and str(value).lower() in ("true", "false"):
             value = str(value).lower() == "true"
-        elif kind in (int, float) and low <= number <= high and abs(number) < math.inf and kind(number) == number:
+        elif kind in (int, float) and fits and number == kind(number):
             value = kind(number)
         elif kind is not str or not isinstance(value, str) or (choices and value not in choices):
-            limits = f" in [{low}, {high}]" if kind in (int, float) else ""
-            wanted = " or ".join(choices) or {bool: "true or false", str: "text"}.get(kind, kind.__name__ + limits)
+            wanted = {bool: "true or false", str: " or ".join(choices) or "text"}
+            wanted = wanted.get(kind, f"{kind.__name__} in [{low}, {high}]")
             raise UserError(f"{field.name}: {value!r} is not {wanted}")
         setattr(config, field.name, value)
     return config
 
 
 def leaves(tree) -> list:
-    """The arrays or spaces in a Dict, in the order of its sorted keys, however deep; anything else is its own leaf."""
-    return [leaf for key in sorted(tree) for leaf in leaves(tree[key])] if isinstance(tree, Mapping) else [tree]
+    """The entries of a Dict in the order of its sorted keys, however deep; anything else is its own leaf."""
+    mapping = isinstance(tree, Mapping)
+    return [leaf for key in sorted(tree) for leaf in leaves(tree[key])] if mapping else [tree]
 
 
 def run_recipe(arguments: list[str]) -> int:
@@ -391,6 +396,9 @@ def run_recipe(arguments: list[str]) -> int:
     except (UserError, OSError) as error:  # OSError: no space, no permission
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -408,7 +408,7 @@ class Run:
     def start(self, **info) -> None:
         """Opens the folder; what a killed process recorded after its last checkpoint goes."""
         self.lock.acquire()
-        for key in ("device", "threads", "compiled", "versions"):
+        for key in ("dataset_hash", "device", "threads", "compiled", "versions"):
             if self.checkpoint and self.info.get(key) != info[key]:
                 print(f"resumed with {key} {info[key]}, begun with {self.info.get(key)}: not the same bits")
         config = dataclasses.asdict(self.config)
@@ -539,6 +539,7 @@ def train(config: Config) -> None:
     run.start(compiled=compiled, **facts, **provenance(device))
     if run.checkpoint:
         restore(algorithm, run.checkpoint)
+        print(f"resumed at update {algorithm.updates:,}")
         torch.set_rng_state(run.checkpoint["rng"]["cpu"])
         torch.cuda.set_rng_state_all(run.checkpoint["rng"]["cuda"])
     known = dataset.storage.metadata
@@ -564,7 +565,7 @@ def train(config: Config) -> None:
     probe = (data["observations"][rows] * algorithm.units.std + algorithm.units.mean).cpu()
     progress = tqdm(total=config.updates, initial=algorithm.updates, unit=" updates", disable=None)
     try:
-        mark = clock()
+        mark, marked = clock(), algorithm.updates
         while algorithm.updates < config.updates:
             metrics, update = algorithm.update(next(batches)), algorithm.updates
             every = config.log_every, config.eval_every, config.checkpoint_every
@@ -574,8 +575,8 @@ def train(config: Config) -> None:
             row = {"update": update, **{key: float(value) for key, value in metrics.items()}}
             if not all(map(math.isfinite, row.values())):
                 raise UserError(f"diverged by update {update}: {row}", 3)
-            row["time/updates_per_second"] = (update - progress.n) / (clock() - mark)
-            progress.update(update - progress.n)
+            row["time/updates_per_second"] = (update - marked) / (clock() - mark)
+            progress.update(update - marked)
             gap = algorithm.units.scale_actions(algorithm.act(probe)) - data["actions"][rows]
             row["actor/support_gap"] = float(gap.norm(dim=1).mean())
             row |= evaluation("training", config.eval_episodes) if due[1] else {}
@@ -584,15 +585,16 @@ def train(config: Config) -> None:
             run.mirror(row)
             if due[2]:
                 run.save(algorithm)
-            mark = clock()
+            mark, marked = clock(), update
         progress.close()
         final, table = evaluation("final", config.final_eval_episodes), pd.DataFrame(history)
-        speed, best = table["time/updates_per_second"].median(), table["eval/score"].max()
-        score, mean, std = (final[f"eval/{key}"] for key in ("score", "return_mean", "return_std"))
-        result = f"score {score:.1f}, return {mean:.1f} +- {std:.1f} in {config.final_eval_episodes} episodes"
-        result += f" (best score on the way, chosen with the simulator: {best:.1f})"
-        run.note(status="finished", result=result, best_score=best, updates_per_second=speed, **final,
-                 wall_seconds=earlier + clock() - began)
+        numbers = {key.removeprefix("eval/"): value for key, value in final.items()}
+        numbers |= {"best_score": table["eval/score"].max(), "wall_seconds": earlier + clock() - began}
+        numbers["updates_per_second"] = table["time/updates_per_second"].median()
+        result = "score {score:.1f}, return {return_mean:.1f} +- {return_std:.1f}".format(**numbers)
+        result += " (best score on the way, chosen with the simulator: {best_score:.1f})".format(**numbers)
+        numbers = {key: None if math.isnan(value) else value for key, value in numbers.items()}
+        run.note(status="finished", result=result, **numbers)
         print(f"{run.folder}: {result}")
     except BaseException as error:
         status = {UserError: "diverged", KeyboardInterrupt: "running"}.get(type(error), "failed")

@@ -1,0 +1,106 @@
+"""What the tests share: the scripts as modules, small datasets in a Minari root of their own, and the command line."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pytest
+import torch
+from minari.data_collector import EpisodeBuffer
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the hub is not asked in tests: it would retry for half a minute
+
+
+def load_script(path: str):
+    """algorithms/<path> as a module of its own, imported once."""
+    name = "reef_" + path.removesuffix(".py").replace("/", "_")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "algorithms" / path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def scripts() -> dict:
+    """{name: module} of the offline scripts."""
+    return {path.stem: load_script(f"offline/{path.name}") for path in (ROOT / "algorithms/offline").glob("*.py")}
+
+
+@pytest.fixture(scope="session")
+def minari_root(tmp_path_factory) -> Path:
+    """A Minari root for the whole session, which the scripts started by tests see too."""
+    root = tmp_path_factory.mktemp("minari")
+    os.environ["MINARI_DATASETS_PATH"] = str(root)
+    return root
+
+
+def random_episodes(env: gym.Env, count: int, seed: int = 0, steps: int | None = None) -> list[EpisodeBuffer]:
+    """Episodes of uniformly random actions in `env`, each cut after `steps` (then neither flag is set)."""
+    episodes = []
+    env.action_space.seed(seed)
+    for number in range(count):
+        observation, _ = env.reset(seed=seed + number)
+        episode = EpisodeBuffer(observations=[observation])
+        while True:
+            action = env.action_space.sample()
+            observation, reward, terminated, truncated, _ = env.step(action)
+            episode.observations.append(observation)
+            episode.actions.append(action)
+            episode.rewards.append(float(reward))
+            episode.terminations.append(terminated)
+            episode.truncations.append(truncated)
+            if terminated or truncated or len(episode.rewards) == steps:
+                break
+        episodes.append(as_arrays(episode))
+    return episodes
+
+
+def as_arrays(episode: EpisodeBuffer) -> EpisodeBuffer:
+    """The episode with arrays for lists (observations may be Dicts)."""
+    observations = episode.observations
+    if isinstance(observations[0], dict):
+        observations = {key: np.stack([entry[key] for entry in observations]) for key in observations[0]}
+    return EpisodeBuffer(
+        observations=observations if isinstance(observations, dict) else np.stack(observations),
+        actions=np.stack(episode.actions),
+        rewards=np.array(episode.rewards),
+        terminations=np.array(episode.terminations),
+        truncations=np.array(episode.truncations),
+        infos={},
+    )
+
+
+@pytest.fixture(scope="session")
+def pendulum(minari_root) -> str:
+    """Id of a dataset of 10 random episodes of 100 steps in Pendulum-v1 (3 observation, 1 action entry in [-2, 2])."""
+    env = gym.make("Pendulum-v1", max_episode_steps=100)
+    episodes = random_episodes(env, 10)
+    minari.create_dataset_from_buffers(
+        "test/pendulum/random-v0", episodes, env=env, data_format="hdf5", ref_min_score=-1000.0, ref_max_score=-100.0
+    )
+    return "test/pendulum/random-v0"
+
+
+@pytest.fixture
+def run_script(minari_root):
+    """run_script("offline/bc.py", "--seed", "1", ...) runs the real command line; its CompletedProcess, as text."""
+
+    def run(path: str, *arguments: object, **options) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(ROOT / "algorithms" / path), *map(str, arguments)]
+        options = {"capture_output": True, "text": True, "timeout": 300, "check": False} | options
+        return subprocess.run(command, **options)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tests run on two cores beside others: one thread each, and the same bits everywhere."""
+    torch.set_num_threads(1)
