@@ -353,7 +353,7 @@ def parse_config(arguments: list[str]) -> Config:
         try:
             values = {**(yaml.safe_load(Path(path).read_text()) or {}), **values}
         except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"cannot read {path} as lines of `field: value`: {error!r:.200}") from None
+            raise UserError(f"cannot read {path} as lines of `field: value`: {error}") from None
     fields = [field.name for field in dataclasses.fields(Config)]
     for name in values.keys() - fields:
         near = difflib.get_close_matches(str(name), fields, 1)
@@ -375,7 +375,7 @@ def check_config(config: Config) -> Config:
             value = str(value).lower() == "true"
         elif kind in (int, float) and fits and number == kind(number):
             value = kind(number)
-        elif kind is not str or not isinstance(value, str) or (choices and value not in choices):
+        elif kind is not str or not (isinstance(value, str) and value) or (choices and value not in choices):
             wanted = {bool: "true or false", str: " or ".join(choices) or "text"}
             wanted = wanted.get(kind, f"{kind.__name__} in [{low}, {high}]")
             raise UserError(f"{field.name}: {value!r} is not {wanted}")

@@ -22,7 +22,6 @@ import contextlib
 import copy
 import dataclasses
 import difflib
-import errno
 import hashlib
 import importlib.metadata
 import io
@@ -48,6 +47,7 @@ import psutil
 import pyrallis
 import torch
 import yaml
+from minari.storage import get_dataset_path
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -62,7 +62,7 @@ class Config:
     """TD3+BC. Write `null` for none and true or false for a switch."""
 
     dataset: str = "reef/pointmaze/umaze-v0"  # Minari id, on this machine or on the hub
-    seed: int = limit(0, low=0)  # of networks, batches, noise and evaluations
+    seed: int = limit(0, 0, 2**32 - 1)  # of networks, batches, noise and evaluations
     variant: str = "default"  # names these settings in the run's folder and in the tables
     updates: int = 1_000_000  # gradient updates
     batch_size: int = 256  # transitions in an update
@@ -241,7 +241,7 @@ def parse_config(arguments: list[str]) -> Config:
         try:
             values = {**(yaml.safe_load(Path(path).read_text()) or {}), **values}
         except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"cannot read {path} as lines of `field: value`: {error!r:.200}") from None
+            raise UserError(f"cannot read {path} as lines of `field: value`: {error}") from None
     fields = [field.name for field in dataclasses.fields(Config)]
     for name in values.keys() - fields:
         near = difflib.get_close_matches(str(name), fields, 1)
@@ -263,7 +263,7 @@ def check_config(config: Config) -> Config:
             value = str(value).lower() == "true"
         elif kind in (int, float) and fits and number == kind(number):
             value = kind(number)
-        elif kind is not str or not isinstance(value, str) or (choices and value not in choices):
+        elif kind is not str or not (isinstance(value, str) and value) or (choices and value not in choices):
             wanted = {bool: "true or false", str: " or ".join(choices) or "text"}
             wanted = wanted.get(kind, f"{kind.__name__} in [{low}, {high}]")
             raise UserError(f"{field.name}: {value!r} is not {wanted}")
@@ -273,12 +273,14 @@ def check_config(config: Config) -> Config:
 
 def load_dataset(dataset_id: str) -> minari.MinariDataset:
     """The dataset on this machine, else from the Minari hub; says which."""
-    local, ours = dataset_id in minari.list_local_datasets(), dataset_id.startswith("reef/")
+    local, ours = (get_dataset_path(dataset_id) / "data").exists(), dataset_id.startswith("reef/")
     try:
         dataset = minari.load_dataset(dataset_id, download=not (local or ours))
+        list(dataset.storage.get_episode_metadata(dataset.episode_indices[-1:]))  # is the file whole?
     except Exception as error:  # the hub's client raises whatever its transport does
         advice = "make it: make dataset ID=" if ours else "see `minari list remote`, or try minari download "
-        raise UserError(f"cannot load {dataset_id} ({error!r:.200}); {advice}{dataset_id}") from None
+        advice = f"minari delete {dataset_id}, then " * local + advice + dataset_id
+        raise UserError(f"cannot load {dataset_id} ({error!r:.200}); {advice}") from None
     size = f"{dataset.total_episodes:,} episodes, {dataset.total_steps:,} steps"
     print(f"{dataset_id}, {'on this machine' if local else 'from the Minari hub'}: {size}")
     return dataset
@@ -317,9 +319,9 @@ def flatten(observations) -> np.ndarray:
     return np.concatenate([np.asarray(leaf, np.float32) for leaf in leaves(observations)], axis=-1)
 
 
-def flat_dim(space: gym.Space) -> int:
+def flat_dim(space: gym.Space, dicts: bool = True) -> int:
     """Length of the vector that `flatten` makes of an element of `space`."""
-    for leaf in leaves(space):
+    for leaf in leaves(space) if dicts else [space]:
         if not isinstance(leaf, gym.spaces.Box) or len(leaf.shape) != 1:
             discrete = isinstance(leaf, gym.spaces.Discrete)
             advice = "use one of algorithms/discrete/" if discrete else "it takes vectors (Box)"
@@ -357,26 +359,27 @@ def load_transitions(dataset: minari.MinariDataset, action_space: gym.Space, alg
     cuda = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
     if needed > free:
-        gib = f"{needed / 2**30:,.1f} GiB of memory, and {free / 2**30:,.1f} GiB are free"
-        raise UserError(f"{dataset.id} needs {gib}")
+        raise UserError(f"{dataset.id} needs {needed / 1e9:,.1f} GB of memory; {free / 1e9:,.1f} GB are free")
     parts, digest = collections.defaultdict(list), hashlib.sha256()
+    shapes = {"observations": [space.shape for space in leaves(dataset.observation_space)],
+              "actions": [(len(units.low),)]}
     for episode in dataset.iterate_episodes():
-        where, observations = f"{dataset.id}, episode {episode.id}", flatten(episode.observations)
+        where, steps = f"{dataset.id}, episode {episode.id}", len(episode.rewards)
+        for field in ("observations", "actions", "rewards", "terminations", "truncations"):
+            for array, shape in zip(leaves(getattr(episode, field)), shapes.get(field, [()]), strict=True):
+                if array.shape != (steps + (field == "observations"), *shape) or not steps:
+                    raise UserError(f"{where} is malformed: {steps} steps, {field} of shape {array.shape}")
+                if not np.isfinite(array.astype(np.float32)).all():
+                    raise UserError(f"{where}: {field} are not all finite")
+                digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+        observations = flatten(episode.observations)
         columns = {"observations": observations[:-1], "actions": episode.actions, "rewards": episode.rewards,
                    "next_observations": observations[1:], "terminations": episode.terminations}
-        lengths = {key: len(column) for key, column in columns.items()}
-        if set(lengths.values()) != {len(episode.truncations)} or not len(episode.rewards):
-            raise UserError(f"{where} is malformed: {lengths}, {len(episode.truncations)} truncations")
         for key, column in columns.items():
-            if not np.isfinite(column).all():
-                raise UserError(f"{where}: {key} are not all finite")
             parts[key].append(np.asarray(column, np.float32))
-        for field in ("observations", "actions", "rewards", "terminations", "truncations"):
-            for leaf in leaves(getattr(episode, field)):
-                digest.update(f"{leaf.dtype}{leaf.shape}".encode() + leaf.tobytes())
     returns = np.array([rewards.sum(dtype=np.float64) for rewards in parts["rewards"]])
     if not len(returns) or sum(map(len, parts["rewards"])) != dataset.total_steps:
-        raise UserError(f"{dataset.id} does not hold the {dataset.total_steps:,} steps of its metadata")
+        raise UserError(f"{dataset.id} lacks steps: its metadata name {dataset.total_steps:,}; get it anew")
     if hasattr(algorithm, "keep_episodes"):
         kept = algorithm.keep_episodes(returns)
         parts = {key: [column[i] for i in kept] for key, column in parts.items()}
@@ -387,9 +390,9 @@ def load_transitions(dataset: minari.MinariDataset, action_space: gym.Space, alg
     clipped = float(((data["actions"] < low) | (data["actions"] > high)).mean())
     print(f"{clipped:.2%} of the action entries lie outside the action bounds and are clipped to them")
     data["actions"] = data["actions"].clip(low, high)
-    scale = 1000 / max(np.ptp(returns), 1e-6) if getattr(config, "normalize_rewards", False) else 1
-    data["rewards"] = getattr(config, "reward_scale", 1) * scale * data["rewards"]
-    data["rewards"] += getattr(config, "reward_shift", 0)
+    if hasattr(config, "reward_scale"):  # bc has no use for rewards
+        scale = 1000 / max(np.ptp(returns), 1e-6) if config.normalize_rewards else 1
+        data["rewards"] = config.reward_scale * scale * data["rewards"] + config.reward_shift
     buffers = {"low": low, "high": high}
     if config.normalize_states:
         buffers["mean"] = data["observations"].mean(0, dtype=np.float64)
@@ -483,9 +486,14 @@ class Run:
             self.record(name, [])
 
     def write(self, name: str, content: bytes) -> None:
-        """All of it or nothing, whenever the process is killed."""
-        (self.folder / f"{name}.new").write_bytes(content)
-        (self.folder / f"{name}.new").replace(self.folder / name)
+        """All of it or nothing, whenever the process is killed or the disk is full."""
+        new = self.folder / f"{name}.new"
+        try:
+            new.write_bytes(content)
+            new.replace(self.folder / name)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            raise UserError(f"cannot write {new}: {error.strerror}; mend it and run the same again") from None
 
     def note(self, **info) -> None:
         self.info |= info
@@ -516,7 +524,7 @@ class Run:
         parts = {name: part for name, part in vars(algorithm).items() if hasattr(part, "state_dict")}
         state = {name: part.state_dict() for name, part in parts.items()}
         if not all(leaf.isfinite().all() for leaf in leaves(state) if isinstance(leaf, Tensor)):
-            raise UserError(f"diverged: a weight is not finite at update {algorithm.updates}", 3)
+            raise UserError("diverged: weights not finite; lower a learning rate", 3)
         rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
         checkpoint = {"updates": algorithm.updates, "state": state, "history": self.history, "rng": rng}
         torch.save(checkpoint, buffer := io.BytesIO())
@@ -579,7 +587,7 @@ def train(config: Config) -> None:
     if run.info.get("status") == "finished":
         return print(f"{run.folder} is finished: {run.info['result']}")
     if run.info.get("status") == "diverged":
-        raise UserError(f"{run.folder} has {run.info['result']}", 3)
+        raise UserError(f"{run.folder} has {run.info['result']}, under another --variant", 3)
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.zeros(1, device=auto if config.device == "auto" else config.device).device
@@ -590,7 +598,7 @@ def train(config: Config) -> None:
     torch.manual_seed(config.seed)
 
     dataset = load_dataset(config.dataset)
-    sizes = flat_dim(dataset.observation_space), flat_dim(dataset.action_space)
+    sizes = flat_dim(dataset.observation_space), flat_dim(dataset.action_space, dicts=False)
     environments = make_environments(dataset, config.environment, 10)
     spaces = environments.single_observation_space, environments.single_action_space
     if sizes != (theirs := tuple(map(flat_dim, spaces))):
@@ -607,13 +615,14 @@ def train(config: Config) -> None:
         torch.cuda.set_rng_state_all(run.checkpoint["rng"]["cuda"])
     known = dataset.storage.metadata
     ref_min, ref_max = known.get("ref_min_score", config.ref_min), known.get("ref_max_score", config.ref_max)
+    scored = None not in (ref_min, ref_max)
 
     def evaluation(phase: str, episodes: int) -> dict[str, float]:
         seed = config.seed, algorithm.updates, int(phase == "final")
         table = evaluate(algorithm, environments, episodes, seed)
         stamped = table.reset_index(names="episode").assign(update=algorithm.updates, phase=phase)
         run.record("evaluations", stamped[["update", "phase", "episode", *table]].to_dict("records"))
-        mean, scored = table["return"].mean(), None not in (ref_min, ref_max)
+        mean = table["return"].mean()
         result = {"score": 100 * (mean - ref_min) / (ref_max - ref_min) if scored else math.nan,
                   "return_mean": mean, "return_std": table["return"].std(ddof=0),
                   "length_mean": table["length"].mean(), "success": table["success"].mean()}
@@ -635,13 +644,13 @@ def train(config: Config) -> None:
             due = [update % interval == 0 or update == config.updates for interval in every]
             if not any(due):
                 continue
+            gap = algorithm.units.scale_actions(algorithm.act(probe)) - data["actions"][rows]
+            metrics = {**metrics, "actor/support_gap": gap.norm(dim=1).mean()}
             row = {"update": update, **{key: float(value) for key, value in metrics.items()}}
-            if not all(map(math.isfinite, row.values())):
-                raise UserError(f"diverged by update {update}: {row}", 3)
+            if lost := ", ".join(key for key, value in row.items() if not math.isfinite(value)):
+                raise UserError(f"diverged by update {update}: {lost} not finite; lower a learning rate", 3)
             row["time/updates_per_second"] = (update - marked) / (clock() - mark)
             progress.update(update - marked)
-            gap = algorithm.units.scale_actions(algorithm.act(probe)) - data["actions"][rows]
-            row["actor/support_gap"] = float(gap.norm(dim=1).mean())
             row |= evaluation("training", config.eval_episodes) if due[1] else {}
             row["time/wall_seconds"] = earlier + clock() - began
             run.record("metrics", [row])
@@ -654,14 +663,15 @@ def train(config: Config) -> None:
         numbers = {key.removeprefix("eval/"): value for key, value in final.items()}
         numbers |= {"best_score": table["eval/score"].max(), "wall_seconds": earlier + clock() - began}
         numbers["updates_per_second"] = table["time/updates_per_second"].median()
-        result = "score {score:.1f}, return {return_mean:.1f} +- {return_std:.1f}".format(**numbers)
-        result += " (best score on the way, chosen with the simulator: {best_score:.1f})".format(**numbers)
+        result = "score {score:.1f}, " * scored + "return {return_mean:.1f} +- {return_std:.1f}"
+        result += " (best score on the way, chosen with the simulator: {best_score:.1f})" * scored
+        result = result.format(**numbers)
         numbers = {key: None if math.isnan(value) else value for key, value in numbers.items()}
         run.note(status="finished", result=result, **numbers)
         print(f"{run.folder}: {result}")
-    except BaseException as error:
-        status = {UserError: "diverged", KeyboardInterrupt: "running"}.get(type(error), "failed")
-        run.note(status=status, result=str(error)[:300])
+    except Exception as error:  # after Ctrl-C the status is still running
+        status = "diverged" if error.args[1:] == (3,) else "failed"
+        run.note(status=status, result=str(error.args[0] if error.args else error)[:300])
         raise
     finally:
         run.lock.release()
@@ -676,12 +686,10 @@ def main() -> None:
     except filelock.Timeout as error:
         message, status = f"another process is at work in {Path(error.lock_file).parent}", 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
-            raise
-        message, status = f"cannot write {error.filename}: {error.strerror}", 2
+        message, status = str(error), 2
     except KeyboardInterrupt:
         message, status = "interrupted; the same command goes on from the last checkpoint", 130
-    print(f"{Path(__file__).name}: {message}", file=sys.stderr)
+    print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
 
