@@ -198,30 +198,32 @@ class GaussianActor(nn.Module):
 
 
 class EnsembleLinear(nn.Module):
-    """E linear layers side by side: [E, B, inputs] -> [E, B, outputs], initialised as nn.Linear is."""
+    """E linear layers side by side, or the first len(x) of them: [E, B, inputs] -> [E, B, outputs]."""
 
     def __init__(self, ensemble: int, inputs: int, outputs: int):
         super().__init__()
-        bound = inputs**-0.5
+        bound = inputs**-0.5  # as nn.Linear
         self.weight = nn.Parameter(torch.empty(ensemble, inputs, outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(ensemble, 1, outputs).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.shape[-1] == 1:  # a sum of products is faster than a product with one column
-            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
-        return torch.bmm(x, self.weight) + self.bias
+        weight, bias = self.weight[: len(x)], self.bias[: len(x)]
+        if weight.shape[-1] == 1:  # a sum of products is faster than a product with one column
+            return (x * weight.mT).sum(-1, keepdim=True) + bias
+        return torch.bmm(x, weight) + bias
 
 
 class EnsembleCritic(nn.Module):
-    """E independent Q(s, a): [B, obs_dim], [B, act_dim] -> [E, B]."""
+    """E independent Q(s, a): [B, obs_dim], [B, act_dim] -> [E, B], or of the first `members` alone."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, hidden_layers: int, ensemble: int = 2):
         super().__init__()
         sizes = [obs_dim + act_dim] + [hidden_dim] * hidden_layers + [1]
         self.layers = nn.ModuleList(EnsembleLinear(ensemble, i, o) for i, o in zip(sizes, sizes[1:]))
+        self.ensemble = ensemble
 
-    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        x = torch.cat([observations, actions], -1).expand(len(self.layers[0].weight), -1, -1)  # [E, B, in]
+    def forward(self, observations: Tensor, actions: Tensor, members: int | None = None) -> Tensor:
+        x = torch.cat([observations, actions], -1).expand(members or self.ensemble, -1, -1)  # [E, B, inputs]
         for layer in self.layers[:-1]:
             x = torch.relu(layer(x))
         return self.layers[-1](x).squeeze(-1)

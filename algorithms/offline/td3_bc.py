@@ -127,7 +127,7 @@ class TD3BC:
 
     def actor_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         actions = self.actor(batch["observations"])  # [B, A]
-        q = self.critic(batch["observations"], actions)[0]  # [B]
+        q = self.critic(batch["observations"], actions, members=1)[0]  # [B]
         weight = self.config.alpha / q.detach().abs().mean()  # (4)
         loss = -weight * q.mean() + (actions - batch["actions"]).square().mean()  # (5)
         return loss, {"actor/loss": loss.detach()}
@@ -137,9 +137,7 @@ class TD3BC:
         loss, metrics = self.critic_loss(batch)
         descend(self.critic_optimizer, loss)
         if self.updates % self.config.policy_delay == 0:
-            self.critic.requires_grad_(False)  # (5) passes gradients through it, and needs none for it
             loss, self.actor_metrics = self.actor_loss(batch)
-            self.critic.requires_grad_(True)
             descend(self.actor_optimizer, loss)
             polyak(self.target_actor, self.actor, self.config.tau)  # (6)
             polyak(self.target_critic, self.critic, self.config.tau)  # (6)
@@ -176,30 +174,32 @@ class DeterministicActor(nn.Module):
 
 
 class EnsembleLinear(nn.Module):
-    """E linear layers side by side: [E, B, inputs] -> [E, B, outputs], initialised as nn.Linear is."""
+    """E linear layers side by side, or the first len(x) of them: [E, B, inputs] -> [E, B, outputs]."""
 
     def __init__(self, ensemble: int, inputs: int, outputs: int):
         super().__init__()
-        bound = inputs**-0.5
+        bound = inputs**-0.5  # as nn.Linear
         self.weight = nn.Parameter(torch.empty(ensemble, inputs, outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(ensemble, 1, outputs).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.shape[-1] == 1:  # a sum of products is faster than a product with one column
-            return (x * self.weight.mT).sum(-1, keepdim=True) + self.bias
-        return torch.bmm(x, self.weight) + self.bias
+        weight, bias = self.weight[: len(x)], self.bias[: len(x)]
+        if weight.shape[-1] == 1:  # a sum of products is faster than a product with one column
+            return (x * weight.mT).sum(-1, keepdim=True) + bias
+        return torch.bmm(x, weight) + bias
 
 
 class EnsembleCritic(nn.Module):
-    """E independent Q(s, a): [B, obs_dim], [B, act_dim] -> [E, B]."""
+    """E independent Q(s, a): [B, obs_dim], [B, act_dim] -> [E, B], or of the first `members` alone."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, hidden_layers: int, ensemble: int = 2):
         super().__init__()
         sizes = [obs_dim + act_dim] + [hidden_dim] * hidden_layers + [1]
         self.layers = nn.ModuleList(EnsembleLinear(ensemble, i, o) for i, o in zip(sizes, sizes[1:]))
+        self.ensemble = ensemble
 
-    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        x = torch.cat([observations, actions], -1).expand(len(self.layers[0].weight), -1, -1)  # [E, B, in]
+    def forward(self, observations: Tensor, actions: Tensor, members: int | None = None) -> Tensor:
+        x = torch.cat([observations, actions], -1).expand(members or self.ensemble, -1, -1)  # [E, B, inputs]
         for layer in self.layers[:-1]:
             x = torch.relu(layer(x))
         return self.layers[-1](x).squeeze(-1)
