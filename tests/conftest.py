@@ -1,4 +1,4 @@
-"""What the tests share: the scripts as modules, small datasets in a Minari root of their own, and the command line."""
+"""What the tests share: scripts as modules, datasets in a Minari root of their own, the command line."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ import torch
 from minari.data_collector import EpisodeBuffer
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the hub is not asked in tests: it would retry for half a minute
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests do not ask the hub: it would retry for half a minute
 
 
 def load_script(path: str):
@@ -30,7 +30,8 @@ def load_script(path: str):
 @pytest.fixture(scope="session")
 def scripts() -> dict:
     """{name: module} of the offline scripts."""
-    return {path.stem: load_script(f"offline/{path.name}") for path in (ROOT / "algorithms/offline").glob("*.py")}
+    paths = (ROOT / "algorithms/offline").glob("*.py")
+    return {path.stem: load_script(f"offline/{path.name}") for path in paths}
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +48,7 @@ def random_episodes(env: gym.Env, count: int, seed: int = 0, steps: int | None =
     env.action_space.seed(seed)
     for number in range(count):
         observation, _ = env.reset(seed=seed + number)
-        episode = EpisodeBuffer(observations=[observation])
+        episode = EpisodeBuffer(observations=[observation], actions=[])
         while True:
             action = env.action_space.sample()
             observation, reward, terminated, truncated, _ = env.step(action)
@@ -62,14 +63,18 @@ def random_episodes(env: gym.Env, count: int, seed: int = 0, steps: int | None =
     return episodes
 
 
+def stack(entries: list):
+    """Arrays, or Dicts of them however deep, one after the other along a new first axis."""
+    if isinstance(entries[0], dict):
+        return {key: stack([entry[key] for entry in entries]) for key in entries[0]}
+    return np.stack(entries)
+
+
 def as_arrays(episode: EpisodeBuffer) -> EpisodeBuffer:
-    """The episode with arrays for lists (observations may be Dicts)."""
-    observations = episode.observations
-    if isinstance(observations[0], dict):
-        observations = {key: np.stack([entry[key] for entry in observations]) for key in observations[0]}
+    """The episode with arrays for lists."""
     return EpisodeBuffer(
-        observations=observations if isinstance(observations, dict) else np.stack(observations),
-        actions=np.stack(episode.actions),
+        observations=stack(episode.observations),
+        actions=stack(episode.actions),
         rewards=np.array(episode.rewards),
         terminations=np.array(episode.terminations),
         truncations=np.array(episode.truncations),
@@ -79,23 +84,50 @@ def as_arrays(episode: EpisodeBuffer) -> EpisodeBuffer:
 
 @pytest.fixture(scope="session")
 def pendulum(minari_root) -> str:
-    """Id of a dataset of 10 random episodes of 100 steps in Pendulum-v1 (3 observation, 1 action entry in [-2, 2])."""
+    """Id of 10 random episodes of 100 steps in Pendulum-v1 (observations [3], actions [1] in [-2, 2])."""
     env = gym.make("Pendulum-v1", max_episode_steps=100)
     episodes = random_episodes(env, 10)
+    references = {"ref_min_score": -1000.0, "ref_max_score": -100.0}
     minari.create_dataset_from_buffers(
-        "test/pendulum/random-v0", episodes, env=env, data_format="hdf5", ref_min_score=-1000.0, ref_max_score=-100.0
+        "test/pendulum/random-v0", episodes, env=env, data_format="hdf5", **references
     )
     return "test/pendulum/random-v0"
 
 
 @pytest.fixture
 def run_script(minari_root):
-    """run_script("offline/bc.py", "--seed", "1", ...) runs the real command line; its CompletedProcess, as text."""
+    """run_script("offline/bc.py", "--seed", "1", ...) runs the command line: a CompletedProcess, as text."""
 
-    def run(path: str, *arguments: object, **options) -> subprocess.CompletedProcess:
+    def run(path: str, *arguments: object, check=False, **options) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / "algorithms" / path), *map(str, arguments)]
-        options = {"capture_output": True, "text": True, "timeout": 300, "check": False} | options
-        return subprocess.run(command, **options)
+        options = {"capture_output": True, "text": True, "timeout": 300} | options
+        return subprocess.run(command, check=check, **options)
+
+    return run
+
+
+def short(dataset: str, output_dir: Path, **fields) -> list[str]:
+    """Command line of a run of a fraction of a second: 40 updates of small networks, nothing compiled."""
+    sizes = {"hidden_dim": 8, "batch_size": 16, "updates": 40, "eval_episodes": 3, "final_eval_episodes": 12}
+    rhythm = {"eval_every": 20, "log_every": 10, "checkpoint_every": 20}
+    plain = {"compile": "false", "device": "cpu", "threads": 1, "wandb_mode": "disabled"}
+    fields = {"dataset": dataset, "output_dir": output_dir, **sizes, **rhythm, **plain, **fields}
+    return [f"--{name}={value}" for name, value in fields.items()]
+
+
+@pytest.fixture
+def call(scripts, minari_root, monkeypatch, capsys):
+    """call("bc", "--seed", "1", ...) is the command line in this process: exit status, stdout, stderr."""
+
+    def run(name: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        capsys.readouterr()
+        status = 0
+        try:
+            scripts[name].main()
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
 
     return run
 

@@ -1,0 +1,170 @@
+"""Gathers finished runs into results/scores/<algorithm>.csv and writes README.md's tables: `make scores`.
+
+  python results/scores.py [results/runs]     gather that folder, then write the tables
+  python results/scores.py --check            only compare: status 1 where the README's tables are stale
+
+A row is one evaluation of a run, so results/scores alone draws every learning curve, against updates or wall
+time. The last row of a run, of phase `final`, is its score and holds what is known of the run as a whole.
+A run counts if its settings are those of a file under configs/, which the README links. Gathered again, a run
+replaces its own rows; those of other runs stay.
+"""
+
+import argparse
+import json
+import re
+import runpy
+import sys
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+KEY = ["family", "algorithm", "dataset", "variant", "seed"]  # names a run
+RESULT = ["score", "return_mean", "return_std", "length_mean", "success"]
+CLOCK = ["wall_seconds", "updates_per_second"]
+RECORD = ["commit", "config_hash", "dataset_hash", "device", "versions"]
+COLUMNS = [*KEY, "update", "phase", *RESULT, "episodes", "best_score", *CLOCK, *RECORD]
+FREE = {"seed", "updates", "eval_every", "eval_episodes"}  # a run may take these from the command line
+DEMO = "reef/pointmaze/umaze-v0"  # the dataset of the column "Score" in the table of algorithms
+
+
+def config_file(family: str, algorithm: str, dataset: str, variant: str) -> Path:
+    """Where the settings of a variant are, from the root."""
+    suffix = "" if variant == "default" else f"-{variant}"
+    return Path("configs", family, algorithm, f"{dataset}{suffix}.yaml")
+
+
+@cache
+def script(family: str, algorithm: str) -> dict:
+    """The names that a script defines."""
+    return runpy.run_path(str(ROOT / "algorithms" / family / f"{algorithm}.py"))
+
+
+def objection(family: str, algorithm: str, info: dict) -> str:
+    """Why a run does not count; empty if it does."""
+    if info["status"] != "finished":
+        return info["status"].replace("running", "not finished")
+    config = info["config"]
+    file = config_file(family, algorithm, config["dataset"], config["variant"])
+    if not (ROOT / file).exists():
+        return f"there is no {file}"
+    names = script(family, algorithm)
+    wanted = vars(names["parse_config"]([f"--config_path={ROOT / file}"]))
+    fields = config.keys() & wanted.keys() - FREE - {*names["Run"].FREE}
+    changed = sorted(name for name in fields if config[name] != wanted[name])
+    return ", ".join(f"{name} is {config[name]}, and {wanted[name]} in {file}" for name in changed)
+
+
+def read_run(folder: Path, family: str, algorithm: str, info: dict) -> pd.DataFrame:
+    """The rows of one finished run."""
+    metrics = pd.read_csv(folder / "metrics.csv").dropna(subset="eval/return_mean")
+    metrics = metrics.rename(columns=lambda name: re.sub("^(eval|time)/", "", name)).assign(phase="training")
+    final = {name: info[name] for name in [*RESULT, "best_score", *CLOCK, *RECORD]}
+    final["versions"] = " ".join(f"{name}=={version}" for name, version in sorted(info["versions"].items()))
+    final |= {"update": info["config"]["updates"], "phase": "final"}
+    episodes = pd.read_csv(folder / "evaluations.csv").groupby(["update", "phase"], as_index=False).size()
+    rows = pd.concat([metrics, pd.DataFrame([final])]).merge(episodes.rename(columns={"size": "episodes"}))
+    run = {name: info["config"][name] for name in ("dataset", "variant", "seed")}
+    return rows.assign(family=family, algorithm=algorithm, **run).reindex(columns=COLUMNS)
+
+
+def read_scores() -> pd.DataFrame:
+    """All rows under results/scores."""
+    text = dict.fromkeys(["family", "algorithm", "dataset", "variant", "phase", *RECORD], str)
+    files = sorted((ROOT / "results/scores").glob("*.csv"))
+    read = [pd.read_csv(file, dtype=text, keep_default_na=False, na_values="") for file in files]
+    return pd.concat(read) if read else pd.DataFrame(columns=COLUMNS)
+
+
+def gather(runs: Path) -> None:
+    """Merges the finished runs under `runs` into results/scores, and names the others."""
+    gathered = {}
+    for file in sorted(runs.glob("*/*/**/seed-*/run.json")):
+        (family, algorithm), info = file.relative_to(runs).parts[:2], json.loads(file.read_text())
+        if problem := objection(family, algorithm, info):
+            print(f"skipped {file.parent}: {problem}")
+        else:
+            rows = read_run(file.parent, family, algorithm, info)
+            gathered[tuple(rows[KEY].iloc[0])] = rows
+    everything = dict(list(read_scores().groupby(KEY))) | gathered
+    for algorithm in sorted({key[1] for key in gathered}):
+        ours = sorted(key for key in everything if key[1] == algorithm)
+        file = ROOT / f"results/scores/{algorithm}.csv"
+        write(file, pd.concat([everything[key] for key in ours]).to_csv(index=False, float_format="%.6g"))
+        print(f"{file.relative_to(ROOT)}: {len(gathered.keys() & {*ours})} of {len(ours)} runs gathered")
+
+
+def write(file: Path, text: str) -> None:
+    """All of it or nothing."""
+    file.parent.mkdir(exist_ok=True)
+    file.with_suffix(".new").write_text(text)
+    file.with_suffix(".new").replace(file)
+
+
+def show(values: pd.Series) -> str:
+    """Mean and, of several, standard deviation."""
+    return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
+
+
+def scores_table(finals: pd.DataFrame) -> str:
+    """A row a dataset, a column an algorithm: scores, or returns where no reference is known."""
+    cells, lengths = {}, {}
+    for (family, algorithm, dataset, variant), rows in finals.groupby(KEY[:-1]):
+        names = [name for name in (family, algorithm, variant) if name not in ("offline", "default")]
+        place = dataset, " ".join(names)
+        value = show(rows["score"]) if rows["score"].notna().all() else f"return {show(rows['return_mean'])}"
+        cells[place] = f"[{value}]({config_file(family, algorithm, dataset, variant)})"
+        lengths[place] = f"seeds: {len(rows)}, updates: {rows['update'].max():,}"
+    if not cells:
+        return "No run is recorded yet."
+    usual = pd.Series(lengths).mode()[0]
+    for place in cells:
+        cells[place] += f" ({lengths[place]})" * (lengths[place] != usual)
+    note = f"Final scores, mean ± standard deviation over training seeds ({usual} where nothing is said)."
+    return f"{note}\n\n{markdown(pd.Series(cells).unstack(fill_value='').reset_index(names='Dataset'))}"
+
+
+def algorithms_table(finals: pd.DataFrame) -> str:
+    """A row a learner: what the first line of its docstring says, its length, its score."""
+    rows, finals = [], finals.query("dataset == @DEMO and variant == 'default'")
+    for path in sorted((ROOT / "algorithms").glob("*/*.py")):
+        text, (_, family, file) = path.read_text(), path.relative_to(ROOT).parts
+        if "\nAlgorithm = " in text:
+            name, paper, number = re.match(r'"""(.+?): .*\((.+), arXiv:([\d.]+)\)', text).groups()
+            scores = finals.query("family == @family and algorithm == @path.stem")["score"]
+            links = f"[{file}](algorithms/{family}/{file})", f"[{paper}](https://arxiv.org/abs/{number})"
+            rows.append([name, *links, len(text.splitlines()), show(scores) if len(scores) else ""])
+    return markdown(pd.DataFrame(rows, columns=["Algorithm", "File", "Paper", "Lines", "Score"]))
+
+
+def markdown(table: pd.DataFrame) -> str:
+    rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def readme_text() -> str:
+    """README.md with its tables made anew from results/scores and the scripts."""
+    text, finals = (ROOT / "README.md").read_text(), read_scores().query("phase == 'final'")
+    for name, table in {"algorithms": algorithms_table(finals), "scores": scores_table(finals)}.items():
+        place = re.compile(f"(?<=<!-- {name}:begin -->\n).*?(?=<!-- {name}:end -->)", re.DOTALL)
+        text = place.sub(f"{table}\n".replace("\\", r"\\"), text)
+    return text
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Gathers finished runs and writes the README's tables.")
+    parser.add_argument("runs", nargs="?", type=Path, default=ROOT / "results/runs", help="their folder")
+    parser.add_argument("--check", action="store_true", help="only tell whether the README is stale")
+    options = parser.parse_args(arguments)
+    if options.check:
+        stale = readme_text() != (ROOT / "README.md").read_text()
+        print("README.md is stale: make scores" if stale else "README.md is up to date")
+        return int(stale)
+    gather(options.runs)
+    write(ROOT / "README.md", readme_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,211 @@
+"""results/scores.py: runs become rows, rows are merged, and the README's tables are made of them."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from conftest import short
+
+ROOT = Path(__file__).resolve().parents[1]
+ID = "test/pendulum/random-v0"
+SETTINGS = {"hidden_dim": 8, "batch_size": 16, "final_eval_episodes": 12, "compile": False}  # of `short`
+README = """# Title
+<!-- algorithms:begin -->
+<!-- algorithms:end -->
+In between, with a \\ in it.
+<!-- scores:begin -->
+stale
+<!-- scores:end -->
+The end.
+"""
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A repository with our scripts and configs of its own."""
+    (tmp_path / "results").mkdir()
+    shutil.copy(ROOT / "results/scores.py", tmp_path / "results")
+    (tmp_path / "algorithms").symlink_to(ROOT / "algorithms")
+    (tmp_path / "README.md").write_text(README)
+    for algorithm, variant in [("bc", ""), ("td3_bc", ""), ("bc", "-top10")]:
+        file = tmp_path / f"configs/offline/{algorithm}/{ID}{variant}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        extra = {"variant": "top10", "fraction": 0.1} if variant else {}
+        file.write_text(yaml.safe_dump({"dataset": ID, **SETTINGS, **extra}))
+    return tmp_path
+
+
+@pytest.fixture
+def scores(root):
+    """results/scores.py of that repository."""
+    spec = importlib.util.spec_from_file_location("reef_scores", root / "results/scores.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(call, pendulum, root):
+    """run("bc", seed=1, ...) trains for a moment; its folder."""
+
+    def run(algorithm: str, seed: int = 0, variant: str = "default", **fields) -> Path:
+        arguments = short(pendulum, root / "results/runs", seed=seed, variant=variant, **fields)
+        status, _, err = call(algorithm, *arguments)
+        assert status == 0, err
+        return root / f"results/runs/offline/{algorithm}/{ID}/{variant}/seed-{seed}"
+
+    return run
+
+
+def cells(line: str) -> list[str]:
+    """Those of a line of a table."""
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def change(folder: Path, **values) -> None:
+    info = json.loads((folder / "run.json").read_text())
+    info["config"] |= {name: value for name, value in values.items() if name in info["config"]}
+    info |= {name: value for name, value in values.items() if name not in info["config"]}
+    (folder / "run.json").write_text(json.dumps(info))
+
+
+def read(root: Path, algorithm: str = "bc") -> pd.DataFrame:
+    return pd.read_csv(root / f"results/scores/{algorithm}.csv")
+
+
+def test_a_run_becomes_a_row_per_evaluation(root, scores, run, capsys):
+    folder = run("td3_bc", seed=3)
+    assert scores.main([]) == 0
+    assert "results/scores/td3_bc.csv: 1 of 1 runs gathered" in capsys.readouterr().out
+    rows, info = read(root, "td3_bc"), json.loads((folder / "run.json").read_text())
+    columns = (
+        "family algorithm dataset variant seed update phase score return_mean return_std length_mean success"
+        " episodes best_score wall_seconds updates_per_second commit config_hash dataset_hash device versions"
+    )
+    assert list(rows) == columns.split()
+    assert list(zip(rows["update"], rows["phase"], rows["episodes"])) == [
+        (20, "training", 3), (40, "training", 3), (40, "final", 12)]
+    assert (rows[scores.KEY] == ["offline", "td3_bc", ID, "default", 3]).to_numpy().all()
+    *training, final = rows.to_dict("records")
+    for name in (*scores.RESULT[:-1], "best_score", *scores.CLOCK):
+        assert final[name] == pytest.approx(info[name], rel=1e-5)
+    for name in ("config_hash", "dataset_hash", "device"):
+        assert final[name] == info[name]
+        assert all(pd.isna(row[name]) for row in training)
+    assert f"torch=={info['versions']['torch']}" in final["versions"].split()
+    assert pd.isna(final["success"])  # Pendulum knows none
+    metrics = pd.read_csv(folder / "metrics.csv").dropna(subset="eval/score")
+    for name, column in {"score": "eval/score", "wall_seconds": "time/wall_seconds"}.items():
+        assert [row[name] for row in training] == pytest.approx(list(metrics[column]), rel=1e-5)
+
+
+def test_runs_are_merged_by_name(root, scores, run, capsys):
+    first = run("bc", seed=0)
+    scores.main([])
+    file = root / "results/scores/bc.csv"
+    before = file.read_text()
+    scores.main([])
+    assert file.read_text() == before  # gathered again, nothing changes
+
+    shutil.rmtree(root / "results/runs")  # what is committed stays, though its run is gone
+    run("bc", seed=10)
+    run("bc", seed=2)
+    capsys.readouterr()
+    scores.main([str(root / "results/runs")])
+    assert "2 of 3 runs gathered" in capsys.readouterr().out
+    assert file.read_text().startswith(before)
+    assert list(read(root)["seed"].unique()) == [0, 2, 10]
+
+    shutil.rmtree(root / "results/runs")
+    run("bc", seed=0, updates=60)  # a run of the same name replaces the rows of the other
+    change(first, score=12.345678)
+    scores.main([])
+    rows = read(root).query("seed == 0")
+    assert list(rows["update"]) == [20, 40, 60, 60]
+    assert rows["score"].iloc[-1] == 12.3457
+    assert list(read(root)["seed"].unique()) == [0, 2, 10]
+    assert not list(root.rglob("*.new"))
+
+
+def test_what_does_not_count_is_named(root, scores, run, capsys):
+    folder, other = run("bc"), run("bc", variant="alone")
+    for status, word in {"running": "not finished", "failed": "failed", "diverged": "diverged"}.items():
+        change(folder, status=status)
+        assert scores.main([]) == 0
+        out = capsys.readouterr().out.splitlines()
+        assert f"skipped {folder}: {word}" in out
+        assert f"skipped {other}: there is no configs/offline/bc/{ID}-alone.yaml" in out
+    change(folder, status="finished", hidden_dim=9, updates=50, eval_every=7, device="cuda")
+    scores.main([])
+    reason = f"hidden_dim is 9, and 8 in configs/offline/bc/{ID}.yaml"
+    assert f"skipped {folder}: {reason}\n" in capsys.readouterr().out
+    assert not (root / "results/scores").exists()
+
+
+def test_tables(root, scores, run):
+    for seed, score in [(0, 10.0), (1, 20.0), (2, 60.0)]:
+        change(run("bc", seed=seed), score=score)
+        change(run("td3_bc", seed=seed), score=None)
+    change(run("bc", variant="top10", fraction=0.1), score=-3.21)
+    scores.main([])
+    text = (root / "README.md").read_text()
+    note, _, *table = text.partition("scores:begin -->\n")[2].partition("\n<!-- scores:end")[0].splitlines()
+    assert "(seeds: 3, updates: 40 where" in note
+    assert cells(table[0]) == ["Dataset", "bc", "bc top10", "td3_bc"]
+    dataset, plain, top10, unscored = cells(table[2])
+    assert dataset == ID
+    assert plain == f"[30.0 ± 26.5](configs/offline/bc/{ID}.yaml)"
+    assert top10 == f"[-3.2](configs/offline/bc/{ID}-top10.yaml) (seeds: 1, updates: 40)"
+    assert unscored.startswith("[return -")
+    assert " ± " in unscored
+    before, after = README.partition("stale\n")[::2]
+    assert text.endswith(after)
+    assert "In between, with a \\ in it." in text
+    assert before.splitlines()[0] == text.splitlines()[0]
+
+
+def test_the_table_of_algorithms(root, scores, run):
+    file = root / f"configs/offline/bc/{scores.DEMO}.yaml"
+    folder = run("bc")
+    file.parent.mkdir(parents=True)
+    file.write_text(yaml.safe_dump({"dataset": scores.DEMO, **SETTINGS}))
+    change(folder, dataset=scores.DEMO, score=8.25)
+    scores.main([])
+    lines = (root / "README.md").read_text().splitlines()
+    for path in (ROOT / "algorithms/offline").glob("*.py"):
+        (line,) = [line for line in lines if f"(algorithms/offline/{path.name})" in line]
+        name, link, paper, length, score = cells(line)
+        assert path.read_text().startswith(f'"""{name}: ')
+        assert link == f"[{path.name}](algorithms/offline/{path.name})"
+        assert "](https://arxiv.org/abs/" in paper
+        assert int(length) == len(path.read_text().splitlines())
+        assert score == ("8.2" if path.stem == "bc" else "")
+    assert not any("pointmaze.py" in line for line in lines)  # it makes data and learns nothing
+
+
+def test_check_tells_whether_the_readme_is_stale(root, scores, run, capsys):
+    run("bc")
+    assert scores.main(["--check"]) == 1
+    assert capsys.readouterr().out == "README.md is stale: make scores\n"
+    assert (root / "README.md").read_text() == README
+    assert scores.main([]) == 0
+    assert scores.main(["--check"]) == 0
+    assert capsys.readouterr().out.endswith("README.md is up to date\n")
+    (root / "results/scores/bc.csv").unlink()
+    assert scores.main(["--check"]) == 1
+
+
+def test_nothing_half_written(root, scores, run, monkeypatch):
+    run("bc")
+    scores.main([])
+    before = (root / "results/scores/bc.csv").read_text()
+    run("bc", seed=1)
+    monkeypatch.setattr(Path, "replace", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        scores.main([])
+    assert (root / "results/scores/bc.csv").read_text() == before
