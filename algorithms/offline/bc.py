@@ -436,7 +436,8 @@ class Run:
 
     def record(self, name: str, rows: list[dict]) -> None:
         self.history[name] += rows
-        self.write(f"{name}.csv", pd.DataFrame(self.history[name]).to_csv(index=False).encode())
+        table = pd.DataFrame(self.history[name], columns=None if self.history[name] else ["update"])
+        self.write(f"{name}.csv", table.to_csv(index=False).encode())
 
     def mirror(self, row: dict) -> None:
         """To wandb, which is no record: where it fails, the run goes on without it."""

@@ -182,8 +182,9 @@ class GaussianActor(nn.Module):
     def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, hidden_layers: int, dropout: float):
         super().__init__()
         self.net = mlp(obs_dim, hidden_dim, hidden_layers, act_dim)
-        if dropout:  # after every hidden layer
-            self.net = nn.Sequential(*[m for layer in self.net for m in (layer, nn.Dropout(dropout))][:-1])
+        for i, layer in enumerate(self.net):
+            if dropout and isinstance(layer, nn.ReLU):
+                self.net[i] = nn.Sequential(layer, nn.Dropout(dropout))
         self.log_std = nn.Parameter(torch.zeros(act_dim))
 
     def forward(self, observations: Tensor) -> Tensor:
@@ -525,7 +526,8 @@ class Run:
 
     def record(self, name: str, rows: list[dict]) -> None:
         self.history[name] += rows
-        self.write(f"{name}.csv", pd.DataFrame(self.history[name]).to_csv(index=False).encode())
+        table = pd.DataFrame(self.history[name], columns=None if self.history[name] else ["update"])
+        self.write(f"{name}.csv", table.to_csv(index=False).encode())
 
     def mirror(self, row: dict) -> None:
         """To wandb, which is no record: where it fails, the run goes on without it."""
