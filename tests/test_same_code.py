@@ -12,7 +12,8 @@ import same_code
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [str(path.relative_to(ROOT)) for path in same_code.scripts(ROOT)]
 LEARNERS = [path for path in SCRIPTS if path.startswith("algorithms/offline/")]
-MAX_LINES, MAX_WIDTH, UPDATE_BEFORE = 520, 110, 150
+MAX_ALGORITHM, MAX_WIDTH, UPDATE_BEFORE = 250, 110, 150
+MAX_PLUMBING = 491  # may only shrink
 
 
 def test_there_are_scripts():
@@ -103,7 +104,9 @@ def test_every_config_field_is_read(script):
 @pytest.mark.parametrize("script", LEARNERS)
 def test_short_narrow_and_update_early(script):
     lines = (ROOT / script).read_text().splitlines()
-    assert len(lines) <= MAX_LINES
+    (banner,) = [number for number, line in enumerate(lines) if re.match("# -+ Plumbing", line)]
+    assert banner <= MAX_ALGORITHM
+    assert len(lines) - banner <= MAX_PLUMBING
     assert [number for number, line in enumerate(lines, 1) if len(line) > MAX_WIDTH] == []
     line = update_line(tree_of(script))
     assert line is not None
