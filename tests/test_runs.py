@@ -57,13 +57,12 @@ def checkpoint(folder: Path) -> dict:
     return content
 
 
-def assert_same_run(one: Path, other: Path, same_rows: bool = True) -> None:
+def assert_same_run(one: Path, other: Path) -> None:
     assert (one / "evaluations.csv").read_bytes() == (other / "evaluations.csv").read_bytes()
     assert equal(checkpoint(one), checkpoint(other))
     tables = [pd.read_csv(folder / "metrics.csv") for folder in (one, other)]
     assert all((np.diff(table["update"]) > 0).all() for table in tables)
-    if same_rows:
-        pd.testing.assert_frame_equal(*[table.drop(columns=SPEED) for table in tables])
+    pd.testing.assert_frame_equal(*[table.drop(columns=SPEED) for table in tables])
     for key in ("score", "return_mean", "return_std", "config_hash", "dataset_hash", "status"):
         assert record(one)[key] == record(other)[key]
 
@@ -211,7 +210,7 @@ def test_the_killed_runs_went_on_from_their_checkpoints(killed):
     resumed = [int(line.split()[-1]) for line in lines if line.startswith("resumed at update")]
     assert len(resumed) >= 3 * 4
     assert resumed.count(100) == 3  # after the death in the final evaluation
-    assert {20, 40} < {*resumed}
+    assert {*resumed} >= {20, 100}
     assert not [line for line in lines if "not the same bits" in line]
 
 
@@ -325,6 +324,22 @@ def test_a_run_that_fails_says_so_and_goes_on_later(call, scripts, pendulum, fin
 # ------------------------------------------------ the record ------------------------------------------------
 
 
+def test_tables_without_a_row_can_be_read(call, scripts, pendulum, tmp_path, monkeypatch):
+    """As they are until the first logs, for whoever looks at a run under way."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(scripts["bc"], "draw_batches", interrupt)
+    assert call("bc", *short(pendulum, tmp_path))[0] == 130
+    folder = place(tmp_path, "bc", pendulum)
+    assert record(folder)["status"] == "running"
+    for name in ("metrics", "evaluations"):
+        table = pd.read_csv(folder / f"{name}.csv")
+        assert (len(table), table.columns[0]) == (0, "update")
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_what_a_run_folder_holds(scripts, finished, pendulum, name):
     folder = place(finished, name, pendulum)
@@ -388,7 +403,7 @@ def test_the_commit_of_the_script(tmp_path):
     git("init")
     git("add", "algorithms")
     git("commit", "--message", "one")
-    git("tag", "v1")  # does not hide the commit
+    git("tag", "--annotate", "v1", "--message", "v1")  # does not hide the commit
     assert commit() == git("rev-parse", "HEAD")
     path.write_text(path.read_text() + "\n# a change\n")
     assert commit() == git("rev-parse", "HEAD") + "+"
