@@ -556,9 +556,13 @@ def test_wandb_mirrors_the_metrics(call, pendulum, tmp_path, monkeypatch):
     arguments = short(pendulum, tmp_path, wandb_mode="offline", wandb_project="pearls", seed=3)
     assert call("td3_bc", *arguments)[0] == 0
     folder = place(tmp_path, "td3_bc", pendulum, seed=3)
-    rows = pd.DataFrame(fake.rows)
+    *rows, last = fake.rows  # one for each row of the table, and the final evaluation
+    rows = pd.DataFrame(rows)
     assert (rows.pop("step") == rows["update"]).all()
     pd.testing.assert_frame_equal(rows, pd.read_csv(folder / "metrics.csv"))
+    assert last["step"] == last["update"] == record(folder)["config"]["updates"]
+    assert last["final/score"] == record(folder)["score"]
+    assert last["final/return_mean"] == record(folder)["return_mean"]
     options = {key: fake.options[key] for key in ("project", "group", "name", "mode")}
     group = f"td3_bc/{pendulum}/default"
     assert options == {"project": "pearls", "group": group, "name": "seed-3", "mode": "offline"}

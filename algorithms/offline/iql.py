@@ -686,6 +686,7 @@ def train(config: Config) -> None:
             mark, marked = clock(), update
         progress.close()
         final, table = evaluation("final", config.final_eval_episodes), pd.DataFrame(history)
+        run.mirror({"update": config.updates} | {key.replace("eval", "final"): final[key] for key in final})
         numbers = {key.removeprefix("eval/"): value for key, value in final.items()}
         numbers |= {"best_score": table["eval/score"].max(), "wall_seconds": earlier + clock() - began}
         numbers["updates_per_second"] = table["time/updates_per_second"].median()
