@@ -305,7 +305,8 @@ def load_dataset(dataset_id: str) -> minari.MinariDataset:
     except Exception as error:  # the hub's client raises whatever its transport does
         advice = "make it: make dataset ID=" if ours else "see `minari list remote`, or try minari download "
         advice = f"minari delete {dataset_id}, then " * local + advice + dataset_id
-        raise UserError(f"cannot load {dataset_id} ({error!r:.200}); {advice}") from None
+        problem = f"{error!r:.200}" if local or not ours else "it is not on this machine"
+        raise UserError(f"cannot load {dataset_id} ({problem}); {advice}") from None
     size = f"{dataset.total_episodes:,} episodes, {dataset.total_steps:,} steps"
     print(f"{dataset_id}, {'on this machine' if local else 'from the Minari hub'}: {size}")
     return dataset
