@@ -95,12 +95,12 @@ def measure_evaluation(turns: int) -> float:
     makers = [lambda: gym.make("Hopper-v5")] * 10
     environments = gym.vector.SyncVectorEnv(makers, copy=False, autoreset_mode=same_step)
     algorithm = script.Algorithm(script.Config(), OBS_DIM, ACT_DIM, torch.device("cpu"))
-    script.evaluate(algorithm, environments, 10, (0,))  # warm up
+    script.evaluate(algorithm.act, environments, 10, (0,))  # warm up
     figures = []
     for turn in range(turns):
         steps, began = 0, time.perf_counter()
         for lap in range(20):  # ten episodes a lap: all ten environments step until the last one has ended
-            steps += 10 * script.evaluate(algorithm, environments, 10, (turn, lap))["length"].max()
+            steps += 10 * script.evaluate(algorithm.act, environments, 10, (turn, lap))["length"].max()
         figures.append(1000 * (time.perf_counter() - began) / steps)
     return float(np.median(figures))
 

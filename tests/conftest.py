@@ -124,7 +124,7 @@ def call(scripts, minari_root, monkeypatch, capsys):
         capsys.readouterr()
         status = 0
         try:
-            scripts[name].main()
+            scripts[name].main(scripts[name].train)
         except SystemExit as end:
             status = end.code
         return status, *capsys.readouterr()

@@ -52,7 +52,7 @@ def test_it_equals_one_environment_stepped_alone(scripts, name):
     low, high = torch.as_tensor(alone.action_space.low), torch.as_tensor(alone.action_space.high)
     policy.units.load_state_dict({"low": low, "high": high}, strict=False)
     environments = vector(lambda: gym.make(name))
-    table = td3_bc.evaluate(policy, environments, 13, (0, 5, 1))
+    table = td3_bc.evaluate(policy.act, environments, 13, (0, 5, 1))
     assert len(table) == 13
     assert len({*environments.seeds}) == len(environments.seeds) == 20
     assert table["length"].nunique() > 1
@@ -113,7 +113,7 @@ class Still:
 def test_every_episode_counts_once_and_to_its_end(evaluate, episodes, rounds):
     """Those that end early play on uncounted, so that the policy always sees ten rows."""
     environments, policy = vector(Counter), Still()
-    table = evaluate(policy, environments, episodes, (0, 0, 0))
+    table = evaluate(policy.act, environments, episodes, (0, 0, 0))
     assert list(table) == ["return", "length", "success"]
     assert list(table.index) == list(range(episodes))
     assert len(environments.seeds) == 10 * rounds
@@ -142,7 +142,7 @@ SUCCESS = {
 def test_success_is_that_of_any_step(evaluate, kind):
     success, wanted = SUCCESS[kind]
     environments = vector(lambda: Counter(success))
-    table = evaluate(Still(), environments, 25, (0, 0, 0))
+    table = evaluate(Still().act, environments, 25, (0, 0, 0))
     lengths = [1 + seed % 5 for seed in environments.seeds]
     assert {*lengths} == {1, 2, 3, 4, 5}
     np.testing.assert_array_equal(table["success"], [wanted(length) for length in lengths[:25]])
@@ -154,7 +154,7 @@ def test_success_is_that_of_any_step(evaluate, kind):
 def test_starts_depend_on_seed_and_update_alone(evaluate):
     def starts(*seed: int) -> list[int]:
         environments = vector(Counter)
-        evaluate(Still(), environments, 12, seed)
+        evaluate(Still().act, environments, 12, seed)
         return environments.seeds
 
     cases = {seed: starts(*seed) for seed in itertools.product((0, 1), (0, 5000, 10_000), (0, 1))}
@@ -179,11 +179,11 @@ def test_evaluation_leaves_every_generator_alone(scripts, name):
         return repr((generators, weights, [module.training for module in algorithm.actor.modules()]))
 
     before = state()
-    first = script.evaluate(algorithm, environments, 12, (0, 100, 0))
+    first = script.evaluate(algorithm.act, environments, 12, (0, 100, 0))
     assert state() == before
-    again = script.evaluate(algorithm, environments, 12, (0, 100, 0))
+    again = script.evaluate(algorithm.act, environments, 12, (0, 100, 0))
     pd.testing.assert_frame_equal(first, again, check_exact=True)
-    other = script.evaluate(algorithm, environments, 12, (0, 200, 0))
+    other = script.evaluate(algorithm.act, environments, 12, (0, 200, 0))
     assert not first.equals(other)
 
 

@@ -107,7 +107,7 @@ def learn(script, dataset: minari.MinariDataset, seed: int, updates: int, **fiel
     for _ in range(updates):
         algorithm.update(next(batches))
     environments = script.make_environments(dataset, None, 10)
-    return float(script.evaluate(algorithm, environments, 10, (seed, updates))["return"].mean())
+    return float(script.evaluate(algorithm.act, environments, 10, (seed, updates))["return"].mean())
 
 
 three_seeds = pytest.mark.parametrize("seed", range(3))

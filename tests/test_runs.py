@@ -136,13 +136,13 @@ def play(whole: list[tuple], torn: list[tuple], folder: Path) -> None:
         for name, arguments, *death in [*whole, *torn]:
             script, sys.argv = load_script(f"offline/{name}.py"), [f"{name}.py", *arguments]
             if not death:
-                script.main()
+                script.main(script.train)
             elif pid := os.fork():
                 codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
             else:
                 with contextlib.suppress(SystemExit):
                     die_at(script, *death[0])
-                    script.main()
+                    script.main(script.train)
                     os._exit(0)
                 os._exit(2)
     (folder / "codes").write_text(json.dumps(codes))
@@ -307,10 +307,10 @@ def test_a_resume_under_other_circumstances_says_so(call, pendulum, runs):
 def test_a_run_that_fails_says_so_and_goes_on_later(call, scripts, pendulum, finished, tmp_path, monkeypatch):
     evaluate, folder = scripts["bc"].evaluate, place(tmp_path, "bc", pendulum)
 
-    def fail(algorithm, *others):
-        if algorithm.updates == 40:
+    def fail(act, environments, episodes, seed):
+        if seed[1] == 40:
             raise ValueError("the simulator is out of order")
-        return evaluate(algorithm, *others)
+        return evaluate(act, environments, episodes, seed)
 
     monkeypatch.setattr(scripts["bc"], "evaluate", fail)
     with pytest.raises(ValueError, match="out of order"):
@@ -625,7 +625,7 @@ def test_a_finished_policy_is_the_evaluated_one(scripts, finished, pendulum, nam
     assert np.ptp(actions) > 1e-3  # it looks at the observation
 
     environments = script.make_environments(minari.load_dataset(pendulum), None, 10)
-    table = script.evaluate(policy, environments, 12, (0, 40, 1))
+    table = script.evaluate(policy.act, environments, 12, (0, 40, 1))
     rows = pd.read_csv(folder / "evaluations.csv").query("phase == 'final'").reset_index(drop=True)
     pd.testing.assert_frame_equal(table, rows[["return", "length", "success"]], check_exact=True)
 

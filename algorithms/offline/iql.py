@@ -32,7 +32,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Optional, get_args
@@ -445,7 +445,7 @@ def draw_batches(data: dict[str, Tensor], batch_size: int, seed: int, update: in
         update += 1000 - start
 
 
-def evaluate(algorithm, environments: gym.vector.VectorEnv, episodes: int, seed: tuple) -> pd.DataFrame:
+def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, seed: tuple) -> pd.DataFrame:
     """A row an episode: return, length, success (nan if the environment knows none); `seed` sets the starts.
 
     Every environment plays one episode a round; one that ends early plays on, uncounted, so that the policy's
@@ -458,7 +458,7 @@ def evaluate(algorithm, environments: gym.vector.VectorEnv, episodes: int, seed:
         returns, lengths = np.zeros(count), np.zeros(count, int)
         running, success = np.ones(count, bool), np.full(count, math.nan)
         while running.any():
-            action = algorithm.act(observations)
+            action = act(observations)
             observations, rewards, terminations, truncations, infos = environments.step(action)
             returns, lengths = returns + running * rewards, lengths + running
             ended, last = terminations | truncations, infos.get("final_info", {})  # of an episode's last step
@@ -477,7 +477,8 @@ class Run:
 
     def __init__(self, config: Config):
         script = Path(__file__).resolve()
-        self.config, self.group = config, f"{script.stem}/{config.dataset}/{config.variant}"
+        self.config, source = config, getattr(config, "dataset", None) or config.environment
+        self.group = f"{script.stem}/{source}/{config.variant}"
         self.folder = Path(config.output_dir, script.parent.name, self.group, f"seed-{config.seed}")
         self.lock, self.wandb = filelock.FileLock(self.folder / "lock", timeout=0), None
         self.info, self.checkpoint, self.history = {}, None, {"metrics": [], "evaluations": []}
@@ -646,7 +647,7 @@ def train(config: Config) -> None:
 
     def evaluation(phase: str, episodes: int) -> dict[str, float]:
         seed = config.seed, algorithm.updates, int(phase == "final")
-        table = evaluate(algorithm, environments, episodes, seed)
+        table = evaluate(algorithm.act, environments, episodes, seed)
         stamped = table.reset_index(names="episode").assign(update=algorithm.updates, phase=phase)
         run.record("evaluations", stamped[["update", "phase", "episode", *table]].to_dict("records"))
         mean = table["return"].mean()
@@ -705,10 +706,10 @@ def train(config: Config) -> None:
         run.lock.release()
 
 
-def main() -> None:
-    """The command line: what the user can mend ends in one line on stderr."""
+def main(action: Callable[[Config], None]) -> None:
+    """The command line of `action`: what the user can mend ends in one line on stderr."""
     try:
-        return train(parse_config(sys.argv[1:]))
+        return action(parse_config(sys.argv[1:]))
     except UserError as error:
         message, status = (*error.args, 2)[:2]
     except filelock.Timeout as error:
@@ -722,4 +723,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(train)
