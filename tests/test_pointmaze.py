@@ -101,7 +101,12 @@ def main(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
 
     def call(*arguments):
-        status = pointmaze.run_recipe([*SMALL, "--processes", "1", *arguments])
+        monkeypatch.setattr(sys, "argv", ["pointmaze.py", *SMALL, "--processes", "1", *arguments])
+        status = 0
+        try:
+            pointmaze.main(pointmaze.make_dataset)
+        except SystemExit as end:
+            status = end.code
         return status, *capsys.readouterr()
 
     return call
@@ -377,7 +382,8 @@ def test_ctrl_c_ends_at_once_and_leaves_nothing(tmp_path):
         time.sleep(0.05)
     time.sleep(2)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    assert process.communicate(timeout=20)[1].splitlines()[-1] == "interrupted: nothing was written"
+    said = process.communicate(timeout=20)[1].splitlines()[-1]
+    assert said == "pointmaze.py: interrupted; the same command goes on from what is saved"
     assert process.returncode == 130
     assert list(tmp_path.iterdir()) == []
 

@@ -245,7 +245,7 @@ def test_interrupted_and_killed_processes_of_their_own(pendulum, tmp_path):
         assert process.returncode == code
         assert out.count("resumed at update") == bool(before)
         if signal_number == signal.SIGINT:
-            assert err == "td3_bc.py: interrupted; the same command goes on from the last checkpoint\n"
+            assert err == "td3_bc.py: interrupted; the same command goes on from what is saved\n"
         assert record(folder)["status"] == "running"
         assert checkpoint(folder)["updates"] >= updates[-1]
         assert pd.read_csv(folder / "metrics.csv")["update"].is_monotonic_increasing

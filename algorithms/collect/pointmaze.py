@@ -36,7 +36,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -389,18 +389,19 @@ def leaves(tree) -> list:
     return [leaf for key in sorted(tree) for leaf in leaves(tree[key])] if mapping else [tree]
 
 
-def run_recipe(arguments: list[str]) -> int:
-    """Exit status; what the user can mend ends in one line on stderr."""
+def main(action: Callable[[Config], None]) -> None:
+    """The command line of `action`: what the user can mend ends in one line on stderr."""
     try:
-        make_dataset(parse_config(arguments))
-    except (UserError, OSError) as error:  # OSError: no space, no permission
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
-        return 2
+        return action(parse_config(sys.argv[1:]))
+    except UserError as error:
+        message, status = (*error.args, 2)[:2]
+    except OSError as error:
+        message, status = str(error), 2
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    return 0
+        message, status = "interrupted; the same command goes on from what is saved", 130
+    print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(run_recipe(sys.argv[1:]))
+    main(make_dataset)

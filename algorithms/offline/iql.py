@@ -484,7 +484,7 @@ class Run:
         self.info, self.checkpoint, self.history = {}, None, {"metrics": [], "evaluations": []}
         if not (self.folder / "run.json").exists():
             return
-        self.lock.acquire()
+        self.hold()
         self.info = json.loads((self.folder / "run.json").read_text())
         old, new = self.info["config"], dataclasses.asdict(config)
         changed = [name for name in new if name not in self.FREE and old.get(name) != new[name]]
@@ -498,9 +498,15 @@ class Run:
             self.checkpoint = read_checkpoint(self.folder)
             self.history = self.checkpoint["history"]
 
+    def hold(self) -> None:
+        try:
+            self.lock.acquire()
+        except filelock.Timeout:
+            raise UserError(f"another process is at work in {self.folder}") from None
+
     def start(self, **info) -> None:
         """Opens the folder; what a killed process recorded after its last checkpoint goes."""
-        self.lock.acquire()
+        self.hold()
         for key in ("dataset_hash", "device", "threads", "compiled", "versions"):
             if self.checkpoint and self.info.get(key) != info[key]:
                 print(f"resumed with {key} {info[key]}, begun with {self.info.get(key)}: not the same bits")
@@ -712,12 +718,10 @@ def main(action: Callable[[Config], None]) -> None:
         return action(parse_config(sys.argv[1:]))
     except UserError as error:
         message, status = (*error.args, 2)[:2]
-    except filelock.Timeout as error:
-        message, status = f"another process is at work in {Path(error.lock_file).parent}", 2
     except OSError as error:
         message, status = str(error), 2
     except KeyboardInterrupt:
-        message, status = "interrupted; the same command goes on from the last checkpoint", 130
+        message, status = "interrupted; the same command goes on from what is saved", 130
     print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
