@@ -203,7 +203,7 @@ WANTED = {
     "images": ["(8, 8, 3)", "vectors (Box)"],
     "bits": ["MultiBinary(3)", "vectors (Box)"],
     "dict-actions": ["Dict('x'", "vectors (Box)"],
-    "plain": ["carries no environment", "--environment"],
+    "plain": ["no environment", "too few episodes", "--environment"],
 }
 
 

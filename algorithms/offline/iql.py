@@ -24,6 +24,7 @@ import difflib
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import os
@@ -312,8 +313,8 @@ def load_dataset(dataset_id: str) -> minari.MinariDataset:
     return dataset
 
 
-def make_environments(dataset: minari.MinariDataset, name: str | None, count: int) -> gym.vector.VectorEnv:
-    """`count` environments to evaluate in: `name`, else the dataset's, bare if its wrappers fail."""
+def make_environments(dataset: minari.MinariDataset, name: str | None, count: int):
+    """Vector of `count` environments: `name`, else the dataset's, bare if its wrappers fail; None without."""
     with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
         gym.register_envs(importlib.import_module("gymnasium_robotics"))  # mazes, hands and kitchen
     spec = None if name else dataset._eval_env_spec or dataset.env_spec
@@ -322,7 +323,8 @@ def make_environments(dataset: minari.MinariDataset, name: str | None, count: in
         makers[f"{spec.id}, as recorded"] = partial(dataset.recover_environment, eval_env=True)
         limited = partial(gym.make, spec.id, max_episode_steps=spec.max_episode_steps)
         makers[f"{spec.id}, without its recorded wrappers"] = partial(limited, **spec.kwargs)
-    problem = f"{dataset.id} carries no environment"
+    if not makers:
+        return print("no environment to evaluate in: every tenth episode is held out, and measured instead")
     for title, make in makers.items():
         try:
             mode = gym.vector.AutoresetMode.SAME_STEP
@@ -374,11 +376,12 @@ class Units(nn.Module):
         return (self.low + (actions + 1) / 2 * (self.high - self.low)).cpu().numpy()
 
 
-def load_transitions(dataset: minari.MinariDataset, action_space: gym.Space, algorithm) -> tuple[dict, dict]:
-    """All transitions in the learner's units on its device, and what to record of them; sets the units.
+def load_transitions(dataset: minari.MinariDataset, space: gym.Space, algorithm, hold_out: bool) -> tuple:
+    """Transitions to learn from, those of held-out episodes, and what to record of them; sets the units.
 
-    observations and next_observations [N, obs_dim], actions [N, act_dim] in [-1, 1], rewards and terminations
-    [N]. A truncation is no termination, and a next observation is always its own episode's.
+    Both are in the learner's units on its device: observations and next_observations [N, obs_dim], actions
+    [N, act_dim] in [-1, 1], rewards and terminations [N]. A truncation is no termination, and a next
+    observation is always its own episode's.
     """
     config, units, device = algorithm.config, algorithm.units, algorithm.units.mean.device
     needed = 12 * dataset.total_steps * (2 * len(units.mean) + len(units.low) + 2)  # float32, and two copies
@@ -406,13 +409,19 @@ def load_transitions(dataset: minari.MinariDataset, action_space: gym.Space, alg
     returns = np.array([rewards.sum(dtype=np.float64) for rewards in parts["rewards"]])
     if not len(returns) or sum(map(len, parts["rewards"])) != dataset.total_steps:
         raise UserError(f"{dataset.id} lacks steps: its metadata name {dataset.total_steps:,}; get it anew")
+    held = np.arange(len(returns)) % 10 == 9 if hold_out else np.zeros(len(returns), bool)
+    if hold_out and not held.any():
+        raise UserError(f"{dataset.id} has no environment, and too few episodes to hold out every tenth; name "
+                        "an environment to evaluate in with --environment")
+    kept = np.flatnonzero(~held)
     if hasattr(algorithm, "keep_episodes"):
-        kept = algorithm.keep_episodes(returns)
-        parts = {key: [column[i] for i in kept] for key, column in parts.items()}
-    data = {key: np.concatenate(column) for key, column in parts.items()}
+        kept = kept[algorithm.keep_episodes(returns[kept])]
+    order, count = [*kept, *np.flatnonzero(held)], sum(len(parts["rewards"][i]) for i in kept)
+    data = {key: np.concatenate([column[i] for i in order]) for key, column in parts.items()}
 
-    low = np.where(np.isfinite(action_space.low), action_space.low, data["actions"].min(0))
-    high = np.where(np.isfinite(action_space.high), action_space.high, data["actions"].max(0))
+    extremes = data["actions"][:count].min(0), data["actions"][:count].max(0)
+    low, high = (np.where(np.isfinite(bound), bound, extreme)
+                 for bound, extreme in zip((space.low, space.high), extremes))
     clipped = float(((data["actions"] < low) | (data["actions"] > high)).mean())
     print(f"{clipped:.2%} of the action entries lie outside the action bounds and are clipped to them")
     data["actions"] = data["actions"].clip(low, high)
@@ -421,15 +430,17 @@ def load_transitions(dataset: minari.MinariDataset, action_space: gym.Space, alg
         data["rewards"] = config.reward_scale * scale * data["rewards"] + config.reward_shift
     buffers = {"low": low, "high": high}
     if config.normalize_states:
-        buffers["mean"] = data["observations"].mean(0, dtype=np.float64)
-        buffers["std"] = data["observations"].std(0, dtype=np.float64) + 1e-3
+        buffers["mean"] = data["observations"][:count].mean(0, dtype=np.float64)
+        buffers["std"] = data["observations"][:count].std(0, dtype=np.float64) + 1e-3
     units.load_state_dict({key: torch.as_tensor(value) for key, value in buffers.items()}, strict=False)
     data = {key: torch.as_tensor(column, dtype=torch.float32, device=device) for key, column in data.items()}
     data["actions"] = units.scale_actions(data["actions"])
     for key in ("observations", "next_observations"):
         data[key] = (data[key] - units.mean) / units.std
-    facts = {"dataset_hash": digest.hexdigest(), "transitions": len(data["rewards"])}
-    return data, {**facts, "clipped_actions": clipped}
+    facts = {"dataset_hash": digest.hexdigest(), "transitions": count, "clipped_actions": clipped}
+    learned, held_out = ({key: column[rows] for key, column in data.items()}
+                         for rows in (slice(count), slice(count, None)))
+    return learned, held_out, facts
 
 
 def draw_batches(data: dict[str, Tensor], batch_size: int, seed: int, update: int) -> Iterator[dict]:
@@ -467,6 +478,27 @@ def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, s
             running = running & ~ended
         rounds.append(pd.DataFrame({"return": returns, "length": lengths, "success": success}))
     return pd.concat(rounds, ignore_index=True)[:episodes]
+
+
+def support_gap(algorithm, data: dict[str, Tensor]) -> float:
+    """Mean distance, in [-1, 1] units, of the policy's actions from the data's on 1,024 fixed rows."""
+    rows, units = np.random.default_rng(0).integers(len(data["actions"]), size=1024), algorithm.units
+    observations = data["observations"][rows] * units.std + units.mean
+    gap = units.scale_actions(algorithm.act(observations.cpu())) - data["actions"][rows]
+    return float(gap.norm(dim=1).mean())
+
+
+def measure_heldout(algorithm, data: dict[str, Tensor]) -> dict[str, float]:
+    """Metrics of the losses on held-out transitions, means over 20 fixed batches; support gap."""
+    losses = [getattr(algorithm, name) for name in dir(algorithm) if name.endswith("_loss")]
+    networks = nn.ModuleList(part for part in vars(algorithm).values() if isinstance(part, nn.Module))
+    batches = itertools.islice(draw_batches(data, algorithm.config.batch_size, seed=0, update=0), 20)
+    networks.eval()  # without dropout
+    with torch.random.fork_rng():  # training goes on as if nothing had been measured
+        table = pd.DataFrame({k: float(v) for loss in losses for k, v in loss(b)[1].items()} for b in batches)
+    networks.train()
+    means = {**table.mean(), "actor/support_gap": support_gap(algorithm, data)}
+    return {f"heldout/{key}": float(value) for key, value in means.items()}
 
 
 class Run:
@@ -633,13 +665,15 @@ def train(config: Config) -> None:
 
     dataset = load_dataset(config.dataset)
     sizes = flat_dim(dataset.observation_space), flat_dim(dataset.action_space, dicts=False)
-    environments = make_environments(dataset, config.environment, 10)
-    spaces = environments.single_observation_space, environments.single_action_space
-    if sizes != (theirs := tuple(map(flat_dim, spaces))):
-        raise UserError(f"observations and actions are of sizes {sizes} in {dataset.id}, and {theirs} in the "
-                        "environment: name one that fits with --environment")
+    environments, action_space = make_environments(dataset, config.environment, 10), dataset.action_space
+    if environments:
+        action_space = environments.single_action_space
+        theirs = flat_dim(environments.single_observation_space), flat_dim(action_space)
+        if sizes != theirs:
+            raise UserError(f"observations and actions are of sizes {sizes} in {dataset.id}, and {theirs} in "
+                            "the environment: name one that fits with --environment")
     algorithm = Algorithm(config, *sizes, device)
-    data, facts = load_transitions(dataset, spaces[1], algorithm)
+    data, held_out, facts = load_transitions(dataset, action_space, algorithm, hold_out=not environments)
     compiled = config.compile and compile_losses(algorithm, device)
     run.start(compiled=compiled, **facts, **provenance(device))
     if run.checkpoint:
@@ -652,6 +686,8 @@ def train(config: Config) -> None:
     scored = None not in (ref_min, ref_max)
 
     def evaluation(phase: str, episodes: int) -> dict[str, float]:
+        if not environments:
+            return measure_heldout(algorithm, held_out)
         seed = config.seed, algorithm.updates, int(phase == "final")
         table = evaluate(algorithm.act, environments, episodes, seed)
         stamped = table.reset_index(names="episode").assign(update=algorithm.updates, phase=phase)
@@ -667,8 +703,6 @@ def train(config: Config) -> None:
     batches = draw_batches(data, config.batch_size, config.seed, algorithm.updates)
     history = run.history["metrics"]
     earlier = history[-1]["time/wall_seconds"] if history else 0
-    rows = np.random.default_rng(0).integers(len(data["actions"]), size=1024)  # those of the support gap
-    probe = (data["observations"][rows] * algorithm.units.std + algorithm.units.mean).cpu()
     progress = tqdm(total=config.updates, initial=algorithm.updates, unit=" updates", disable=None)
     try:
         mark, marked = clock(), algorithm.updates
@@ -678,9 +712,8 @@ def train(config: Config) -> None:
             due = [update % interval == 0 or update == config.updates for interval in every]
             if not any(due):
                 continue
-            gap = algorithm.units.scale_actions(algorithm.act(probe)) - data["actions"][rows]
-            metrics = {**metrics, "actor/support_gap": gap.norm(dim=1).mean()}
             row = {"update": update, **{key: float(value) for key, value in metrics.items()}}
+            row["actor/support_gap"] = support_gap(algorithm, data)
             if lost := ", ".join(key for key, value in row.items() if not math.isfinite(value)):
                 raise UserError(f"diverged by update {update}: {lost} not finite; lower a learning rate", 3)
             row["time/updates_per_second"] = (update - marked) / (clock() - mark)
@@ -696,10 +729,13 @@ def train(config: Config) -> None:
         final, table = evaluation("final", config.final_eval_episodes), pd.DataFrame(history)
         run.mirror({"update": config.updates} | {key.replace("eval", "final"): final[key] for key in final})
         numbers = {key.removeprefix("eval/"): value for key, value in final.items()}
-        numbers |= {"best_score": table["eval/score"].max(), "wall_seconds": earlier + clock() - began}
+        numbers |= {"best_score": table.get("eval/score", table["update"] * math.nan).max()}
+        numbers |= {"wall_seconds": earlier + clock() - began}
         numbers["updates_per_second"] = table["time/updates_per_second"].median()
         result = "score {score:.1f}, " * scored + "return {return_mean:.1f} +- {return_std:.1f}"
         result += " (best score on the way, chosen with the simulator: {best_score:.1f})" * scored
+        if not environments:
+            result = "no environment: " + ", ".join(f"{key} {value:.3g}" for key, value in final.items())
         result = result.format(**numbers)
         numbers = {key: None if math.isnan(value) else value for key, value in numbers.items()}
         run.note(status="finished", result=result, **numbers)
