@@ -499,14 +499,9 @@ class Run:
             import wandb  # takes seconds
 
             self.wandb = self.wandb or wandb.init(
-                project=self.config.wandb_project,
-                group=self.group,
-                name=f"seed-{self.config.seed}",
-                config=self.info["config"],
-                mode=self.config.wandb_mode,
-                dir=self.folder,
-                settings=wandb.Settings(silent=True),
-            )
+                project=self.config.wandb_project, group=self.group, name=f"seed-{self.config.seed}",
+                config=self.info["config"], mode=self.config.wandb_mode, dir=self.folder,
+                settings=wandb.Settings(silent=True))
             self.wandb.log(row, step=row["update"])
         except Exception as error:
             print(f"wandb failed, and the run goes on without it: {error!r:.200}", file=sys.stderr)
@@ -569,12 +564,8 @@ def provenance(device: torch.device) -> dict:
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = cpuinfo.partition("model name\t: ")[2].partition("\n")[0] or platform.processor()
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    return {
-        "commit": commit,
-        "device": f"{device.type}: {hardware}",
-        "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), **versions},
-    }
+    return {"commit": commit, "device": f"{device.type}: {hardware}",
+            "threads": torch.get_num_threads(), "versions": {"python": platform.python_version(), **versions}}
 
 
 def learn(config: Config) -> None:

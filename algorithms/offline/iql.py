@@ -411,8 +411,8 @@ def load_transitions(dataset: minari.MinariDataset, space: gym.Space, algorithm,
         raise UserError(f"{dataset.id} lacks steps: its metadata name {dataset.total_steps:,}; get it anew")
     held = np.arange(len(returns)) % 10 == 9 if hold_out else np.zeros(len(returns), bool)
     if hold_out and not held.any():
-        raise UserError(f"{dataset.id} has no environment, and too few episodes to hold out every tenth; name "
-                        "an environment to evaluate in with --environment")
+        raise UserError(f"{dataset.id} has no environment, and too few episodes to hold out every tenth: "
+                        "name an environment with --environment")
     kept = np.flatnonzero(~held)
     if hasattr(algorithm, "keep_episodes"):
         kept = kept[algorithm.keep_episodes(returns[kept])]
