@@ -82,10 +82,12 @@ def test_measured_without_dropout_and_leaving_no_trace(scripts, logs):
     script = scripts["iql"]
     algorithm, _, held_out, _ = learner(script, logs, dropout=0.5)
     state, weights = torch.get_rng_state(), [p.clone() for p in algorithm.actor.parameters()]
-    first, second = (script.measure_heldout(algorithm, held_out) for _ in range(2))
-    assert first == second  # no dropout, and the same batches
+    first = script.measure_heldout(algorithm, held_out)
     assert torch.equal(state, torch.get_rng_state())
     assert algorithm.actor.training
+    assert algorithm.critic.training
+    torch.manual_seed(1)
+    assert script.measure_heldout(algorithm, held_out) == first  # other units would be dropped
     assert all(map(torch.equal, weights, algorithm.actor.parameters()))
     noisy = scripts["td3_bc"]
     algorithm, _, held_out, _ = learner(noisy, logs)
@@ -95,7 +97,7 @@ def test_measured_without_dropout_and_leaving_no_trace(scripts, logs):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_run_without_an_environment(name, call, logs, tmp_path):
+def test_a_run_without_an_environment(name, call, scripts, logs, tmp_path):
     status, out, err = call(name, *short(logs, tmp_path))
     assert status == 0, err
     folder = tmp_path / "offline" / name / logs / "default/seed-0"
@@ -105,6 +107,13 @@ def test_a_run_without_an_environment(name, call, logs, tmp_path):
     assert record["result"].startswith("no environment: heldout/")
     assert record["result"] in out
     assert record["heldout/actor/loss"] == pytest.approx(metrics["heldout/actor/loss"].iloc[-1])
+    script, policy = scripts[name], scripts[name].load(folder)
+    data = minari.load_dataset(logs)
+    _, held_out, facts = script.load_transitions(data, data.action_space, policy, hold_out=True)
+    assert record["transitions"] == facts["transitions"] == data.total_steps - 68
+    again = script.measure_heldout(policy, held_out)
+    assert again["heldout/actor/support_gap"] == pytest.approx(record["heldout/actor/support_gap"])
+    assert again["heldout/actor/loss"] == pytest.approx(record["heldout/actor/loss"], rel=0.2)  # noise
     assert metrics.set_index("update")["heldout/actor/support_gap"].notna().to_dict() == {
         10: False, 20: True, 30: False, 40: True
     }
@@ -127,6 +136,8 @@ def test_an_environment_on_the_command_line_is_evaluated_in(call, logs, tmp_path
     assert status == 0
     assert "evaluated in Pendulum-v1" in out
     assert "held out" not in out
+    record = json.loads(next(tmp_path.rglob("run.json")).read_text())
+    assert record["transitions"] == minari.load_dataset(logs).total_steps
 
 
 def test_too_few_episodes_to_hold_one_out(call, minari_root, tmp_path):
