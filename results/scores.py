@@ -46,6 +46,10 @@ def objection(family: str, algorithm: str, info: dict) -> str:
     if info["status"] != "finished":
         return info["status"].replace("running", "not finished")
     config = info["config"]
+    if "dataset" not in config:
+        return "it learned online, from no dataset"
+    if "return_mean" not in info:
+        return "it was not evaluated, for want of an environment"
     file = config_file(family, algorithm, config["dataset"], config["variant"])
     if not (ROOT / file).exists():
         return f"there is no {file}"
@@ -126,7 +130,7 @@ def scores_table(finals: pd.DataFrame) -> str:
 
 
 def algorithms_table(finals: pd.DataFrame) -> str:
-    """A row a learner: what the first line of its docstring says, its length, its score."""
+    """A row a learner: what the first line of its docstring says, its lines (own + plumbing), its score."""
     rows, finals = [], finals.query("dataset == @DEMO and variant == 'default'")
     for path in sorted((ROOT / "algorithms").glob("*/*.py")):
         text, (_, family, file) = path.read_text(), path.relative_to(ROOT).parts
@@ -134,7 +138,10 @@ def algorithms_table(finals: pd.DataFrame) -> str:
             name, paper, number = re.match(r'"""(.+?): .*\((.+), arXiv:([\d.]+)\)', text).groups()
             scores = finals.query("family == @family and algorithm == @path.stem")["score"]
             links = f"[{file}](algorithms/{family}/{file})", f"[{paper}](https://arxiv.org/abs/{number})"
-            rows.append([name, *links, len(text.splitlines()), show(scores) if len(scores) else ""])
+            lines = text.splitlines()
+            own = next(i for i, line in enumerate(lines) if line.startswith("# ---") and "Plumbing" in line)
+            length = f"{own} + {len(lines) - own}"
+            rows.append([name, *links, length, show(scores) if len(scores) else ""])
     return markdown(pd.DataFrame(rows, columns=["Algorithm", "File", "Paper", "Lines", "Score"]))
 
 

@@ -144,6 +144,13 @@ def test_what_does_not_count_is_named(root, scores, run, capsys):
     scores.main([])
     reason = f"hidden_dim is 9, and 8 in configs/offline/bc/{ID}.yaml"
     assert f"skipped {folder}: {reason}\n" in capsys.readouterr().out
+    info = json.loads((folder / "run.json").read_text())
+    for name, reason in {"return_mean": "want of an environment", "dataset": "learned online"}.items():
+        info["config"].pop(name, None)
+        info.pop(name, None)
+        (folder / "run.json").write_text(json.dumps(info))
+        assert scores.main([]) == 0
+        assert reason in capsys.readouterr().out
     assert not (root / "results/scores").exists()
 
 
@@ -183,7 +190,10 @@ def test_the_table_of_algorithms(root, scores, run):
         assert path.read_text().startswith(f'"""{name}: ')
         assert link == f"[{path.name}](algorithms/offline/{path.name})"
         assert "](https://arxiv.org/abs/" in paper
-        assert int(length) == len(path.read_text().splitlines())
+        own, shared = map(int, length.split(" + "))
+        text = path.read_text().splitlines()
+        assert own + shared == len(text)
+        assert "Plumbing" in text[own]
         assert score == ("8.2" if path.stem == "bc" else "")
     assert not any("pointmaze.py" in line for line in lines)  # it makes data and learns nothing
 

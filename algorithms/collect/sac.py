@@ -1,21 +1,24 @@
-"""SAC: soft actor-critic (Haarnoja et al., 2018, arXiv:1812.05905), the online learner behind the local datasets.
+"""SAC: soft actor-critic (Haarnoja et al., 2018, arXiv:1812.05905), the learner behind our own datasets.
 
-The actor earns reward and entropy at once, at a temperature that holds its entropy near a target. Several
-environments feed one buffer, so a gradient update sees more, and newer, data than at the paper's one step each.
-Every policy that does better than all before it is kept: a ladder of policies to collect datasets with.
+The actor earns reward and entropy at once; a learned temperature holds its entropy near a target. A policy
+whose evaluation beats all before it becomes a rung of the run's ladder: ladder/<update>.safetensors, the
+actor's weights in half precision. Evaluations sample from the policy, as collecting a dataset with it does.
 
-  (1)  y = r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a'|s')),  a' ~ pi(s')      d: terminated, not truncated
+  (1)  y = r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a'|s')),  a' ~ pi(s')      d: not a truncation
   (2)  L_Q = sum_i mean (Q_i(s, a) - y)^2
-  (3)  L_pi = mean (alpha log pi(a|s) - min_i Q_i(s, a)),  a ~ pi(s)                       every policy_delay updates
-  (4)  L_alpha = log alpha (H + |A|),  H = -mean log pi(a|s)                               |A|: dimensions of an action
+  (3)  L_pi = mean (alpha log pi(a|s) - min_i Q_i(s, a)),  a ~ pi(s)               every policy_delay updates
+  (4)  L_alpha = log alpha (H + |A|),  H = -mean log pi(a|s)             after (3); |A|: entries of an action
   (5)  Q' <- Q' + tau (Q - Q')
 
 Differences from the paper: the critic's hidden layers are normalised before their ReLU (Ba et al., 2016,
-arXiv:1607.06450), which bears its larger learning rate; `environments` steps to an update, where the paper takes
-one; an actor's update for every `policy_delay` of the critic's; no buffer is checkpointed: a resumed run fills a
-new one with its current policy.
+arXiv:1607.06450); an update follows a step in each of several environments, where the paper takes one step in
+one; (3) and (4) come with every policy_delay-th update only.
 
-  python algorithms/collect/sac.py --config_path configs/collect/sac/hopper.yaml
+The same seed gives the same bits, unless the run was resumed: a checkpoint holds no replay buffer, and a
+resumed run first fills a new one with refill_steps of its policy. metrics.csv counts all steps that went into
+a buffer (but those that a killed process made after its last checkpoint), and how often the run was resumed.
+
+  python algorithms/collect/sac.py --environment Hopper-v5
 """
 
 import copy
@@ -41,7 +44,9 @@ import filelock
 import gymnasium as gym
 import numpy as np
 import pandas as pd
+import psutil
 import pyrallis
+import safetensors.torch
 import torch
 import yaml
 from torch import Tensor, nn
@@ -61,13 +66,13 @@ class Config:
     seed: int = limit(0, 0, 2**32 - 1)  # of networks, batches, exploration and evaluations
     variant: str = "default"  # names these settings in the run's folder
     updates: int = 1_000_000  # gradient updates
-    environments: int = 4  # side by side; each makes a step for every update
+    environments: int = 4  # side by side; each makes a step before every update
     buffer_size: int = 1_000_000  # transitions; the oldest give way
     random_steps: int = 10_000  # transitions of uniformly random actions before the first update
-    refill_steps: int = 100_000  # transitions of the current policy before the first update of a resumed run
+    refill_steps: int = 100_000  # transitions of its policy before the first update of a resumed run
     batch_size: int = 256  # transitions in an update
     discount: float = limit(0.99, 0, 1)  # gamma
-    tau: float = limit(0.005, 0, 1)  # rate of the target networks
+    tau: float = limit(0.005, 0, 1)  # rate of the target network
     actor_lr: float = 3e-4  # Adam's step size
     critic_lr: float = 1e-3  # Adam's step size
     temperature_lr: float = 3e-4  # Adam's step size
@@ -76,7 +81,7 @@ class Config:
     policy_delay: int = 2  # critic updates to one of the actor and the temperature
     eval_every: int = 5000  # updates between evaluations
     eval_episodes: int = 20  # episodes of an evaluation along the way
-    final_eval_episodes: int = 100  # episodes of the last evaluation
+    final_eval_episodes: int = 100  # episodes of the evaluation after the last update
     log_every: int = 1000  # updates between rows of metrics.csv
     checkpoint_every: int = 10_000  # updates between checkpoints
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -102,11 +107,10 @@ class SAC:
         self.critic = NormalizedEnsembleCritic(*size).to(device)
         self.target_critic = copy.deepcopy(self.critic)
         self.temperature = Temperature().to(device)
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), config.actor_lr, fused=True)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), config.critic_lr, fused=True)
-        self.temperature_optimizer = torch.optim.Adam(
-            self.temperature.parameters(), config.temperature_lr, fused=True
-        )
+        adam = partial(torch.optim.Adam, fused=True)
+        self.actor_optimizer = adam(self.actor.parameters(), config.actor_lr)
+        self.critic_optimizer = adam(self.critic.parameters(), config.critic_lr)
+        self.temperature_optimizer = adam(self.temperature.parameters(), config.temperature_lr)
         self.actor_metrics = {}  # none before the first delayed update
 
     def critic_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -226,71 +230,6 @@ class NormalizedEnsembleCritic(nn.Module):
             x = layer(x)
             x = torch.relu(nn.functional.layer_norm(x, x.shape[-1:]))
         return self.layers[-1](x).squeeze(-1)
-
-
-# ------------------------------------------- Collecting --------------------------------------------
-
-
-class ReplayBuffer:
-    """The last `size` transitions, on the learner's device."""
-
-    def __init__(self, size: int, obs_dim: int, act_dim: int, device: torch.device):
-        self.widths = {
-            "observations": obs_dim,
-            "actions": act_dim,
-            "rewards": 1,
-            "next_observations": obs_dim,
-            "terminations": 1,
-        }
-        self.table, self.added = torch.zeros(size, sum(self.widths.values()), device=device), 0
-
-    def add(self, **columns) -> None:
-        """A row for every environment: [E, obs_dim], [E, act_dim] in [-1, 1] or [E]."""
-        rows = [
-            torch.as_tensor(columns[key], dtype=torch.float32).view(-1, width)
-            for key, width in self.widths.items()
-        ]
-        places = torch.arange(self.added, self.added + len(rows[0])) % len(self.table)
-        self.table[places] = torch.cat(rows, 1).to(self.table.device)
-        self.added += len(rows[0])
-
-    def draw(self, batch_size: int) -> dict[str, Tensor]:
-        """A batch of rows, drawn with replacement."""
-        rows = torch.randint(min(self.added, len(self.table)), (batch_size,), device=self.table.device)
-        columns = self.table.index_select(0, rows).split(list(self.widths.values()), 1)
-        return {
-            key: column.squeeze(-1) if width == 1 and key in ("rewards", "terminations") else column
-            for (key, width), column in zip(self.widths.items(), columns)
-        }
-
-
-class Explorer:
-    """Environments side by side that a policy steps through; every step goes into the buffer."""
-
-    def __init__(self, config: Config, algorithm: SAC, buffer: ReplayBuffer, seed: int):
-        make = partial(gym.make, config.environment)
-        mode = gym.vector.AutoresetMode.SAME_STEP
-        self.environments = gym.vector.SyncVectorEnv([make] * config.environments, autoreset_mode=mode)
-        self.environments.action_space.seed(seed)
-        self.algorithm, self.buffer = algorithm, buffer
-        self.observations, _ = self.environments.reset(seed=seed)
-
-    def step(self, random: bool) -> None:
-        actions = (
-            self.environments.action_space.sample() if random else self.algorithm.explore(self.observations)
-        )
-        observations, rewards, terminations, truncations, infos = self.environments.step(actions)
-        following = observations.copy()
-        for i in np.flatnonzero(terminations | truncations):
-            following[i] = infos["final_obs"][i]  # not the next episode's first
-        self.buffer.add(
-            observations=self.observations,
-            actions=self.algorithm.units.scale_actions(actions),
-            rewards=rewards,
-            next_observations=following,
-            terminations=terminations,
-        )
-        self.observations = observations
 
 
 # ------------------------ Plumbing: the same in every script, word for word ------------------------
@@ -568,62 +507,137 @@ def provenance(device: torch.device) -> dict:
             "threads": torch.get_num_threads(), "versions": {"python": platform.python_version(), **versions}}
 
 
+# ------------------------------ Online: in place of a dataset and `train` ------------------------------
+
+
+def make_simulators(name: str, count: int) -> gym.vector.VectorEnv:
+    """`count` environments side by side, of vectors (or Dicts of them) and bounded vectors as actions."""
+    try:
+        mode = gym.vector.AutoresetMode.SAME_STEP
+        makers = [partial(gym.make, name)] * count
+        simulators = gym.vector.SyncVectorEnv(makers, copy=False, autoreset_mode=mode)
+    except Exception as error:  # environments raise whatever they like
+        raise UserError(f"environment: cannot make {name}: {error!r:.200}") from None
+    space = simulators.single_action_space
+    flat_dim(simulators.single_observation_space)
+    flat_dim(space, dicts=False)
+    if not np.isfinite([space.low, space.high]).all():
+        raise UserError(f"environment: the actions of {name} have no bounds: {space}")
+    return simulators
+
+
+class ReplayBuffer:
+    """The last `size` transitions in the learner's units, on its device."""
+
+    def __init__(self, size: int, obs_dim: int, act_dim: int, device: torch.device):
+        shapes = {"observations": (obs_dim,), "actions": (act_dim,), "rewards": (), "terminations": (),
+                  "next_observations": (obs_dim,)}
+        needed, cuda = 4 * size * (2 * obs_dim + act_dim + 2), device.type == "cuda"  # float32
+        free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
+        if needed > free:
+            raise UserError(f"buffer_size: {size:,} transitions need {needed / 1e9:,.1f} GB of memory; "
+                            f"{free / 1e9:,.1f} GB are free")
+        self.columns = {key: torch.zeros(size, *shape, device=device) for key, shape in shapes.items()}
+        self.size, self.added = size, 0
+
+    def add(self, **rows) -> None:
+        """One transition of every environment: [E, obs_dim], [E, act_dim] or [E]; the oldest give way."""
+        places = torch.arange(self.added, self.added + len(rows["rewards"])) % self.size
+        for key, column in self.columns.items():
+            column[places] = torch.as_tensor(rows[key], dtype=torch.float32, device=column.device)
+        self.added += len(places)
+
+    def draw(self, batch_size: int) -> dict[str, Tensor]:
+        """A batch drawn with replacement."""
+        rows = torch.randint(min(self.added, self.size), (batch_size,), device=self.columns["rewards"].device)
+        return {key: column.index_select(0, rows) for key, column in self.columns.items()}
+
+
+class Explorer:
+    """A policy that steps through environments side by side; every transition goes into the buffer."""
+
+    def __init__(self, environments: gym.vector.VectorEnv, algorithm: SAC, buffer: ReplayBuffer, seed: tuple):
+        self.environments, self.algorithm, self.buffer = environments, algorithm, buffer
+        *seeds, last = np.random.SeedSequence(seed).generate_state(environments.num_envs + 1).tolist()
+        environments.action_space.seed(last)
+        self.observations = flatten(environments.reset(seed=seeds)[0])
+
+    def step(self, random: bool) -> None:
+        """One step in each environment, of the policy or of uniformly random actions."""
+        before, space = self.observations, self.environments.action_space
+        actions = space.sample() if random else self.algorithm.explore(before)
+        observations, rewards, terminations, truncations, infos = self.environments.step(actions)
+        self.observations = flatten(observations)
+        following = self.observations.copy()
+        for i in np.flatnonzero(terminations | truncations):
+            following[i] = flatten(infos["final_obs"][i])  # its last observation, not the next one's first
+        self.buffer.add(observations=before, actions=self.algorithm.units.scale_actions(actions),
+                        rewards=rewards, next_observations=following, terminations=terminations)
+
+
 def learn(config: Config) -> None:
-    """Learns in the environment, keeps the ladder of policies, and records as the offline scripts do."""
+    """Learns in the environment, keeps the ladder and records; what the run's folder holds is not redone."""
     clock, config = time.perf_counter, check_config(config)
     began, run = clock(), Run(config)
     if run.info.get("status") == "finished":
         return print(f"{run.folder} is finished: {run.info['result']}")
-    device = (
-        torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if config.device == "auto"
-        else torch.device(config.device)
-    )
+    if run.info.get("status") == "diverged":
+        raise UserError(f"{run.folder} has {run.info['result']}, under another --variant", 3)
+    try:
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.zeros(1, device=auto if config.device == "auto" else config.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: cannot use {config.device}: {error!r:.100}") from None
     torch.set_num_threads(config.threads or torch.get_num_threads())
     torch.set_float32_matmul_precision(config.precision)
     torch.manual_seed(config.seed)
 
-    make = partial(gym.make, config.environment)
-    environments = gym.vector.SyncVectorEnv(
-        [make] * config.eval_episodes, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
-    )
-    spaces = environments.single_observation_space, environments.single_action_space
-    sizes = tuple(map(flat_dim, spaces))
-    algorithm = Algorithm(config, *sizes, device)
-    algorithm.units.low[:], algorithm.units.high[:] = (
-        torch.as_tensor(spaces[1].low),
-        torch.as_tensor(spaces[1].high),
-    )
+    evaluated, explored = (make_simulators(config.environment, n) for n in (10, config.environments))
+    space = explored.single_action_space
+    sizes = flat_dim(explored.single_observation_space), flat_dim(space, dicts=False)
+    algorithm, buffer = Algorithm(config, *sizes, device), ReplayBuffer(config.buffer_size, *sizes, device)
+    bounds = {"low": torch.as_tensor(space.low), "high": torch.as_tensor(space.high)}
+    algorithm.units.load_state_dict(bounds, strict=False)
     compiled = config.compile and compile_losses(algorithm, device)
     run.start(compiled=compiled, dataset_hash=None, **provenance(device))
-    history = run.history["metrics"]
-    last = history[-1] if history else {}
-    earlier, steps, resumed = (
-        last.get("time/wall_seconds", 0),
-        last.get("environment_steps", 0),
-        last.get("resumed", 0),
-    )
-    best = max(
-        (
-            row.get("eval/return_mean", -math.inf)
-            for row in history
-            if not math.isnan(row.get("eval/return_mean", math.nan))
-        ),
-        default=-math.inf,
-    )
+    history, fill = run.history["metrics"], config.random_steps
+    last = history[-1] if history else {"environment_steps": 0, "resumed": 0, "time/wall_seconds": 0}
+    steps, resumed, earlier = (last[key] for key in ("environment_steps", "resumed", "time/wall_seconds"))
     if run.checkpoint:
         restore(algorithm, run.checkpoint)
-        resumed += 1
-        print(f"resumed at update {algorithm.updates:,}")
+        fill, resumed = config.refill_steps, resumed + 1
+        print(f"resumed at update {algorithm.updates:,}: first {fill:,} steps fill a new buffer")
         torch.set_rng_state(run.checkpoint["rng"]["cpu"])
         torch.cuda.set_rng_state_all(run.checkpoint["rng"]["cuda"])
-    buffer = ReplayBuffer(config.buffer_size, *sizes, device)
-    explorer = Explorer(config, algorithm, buffer, seed=config.seed + 1000 * resumed)
+    for rung in (run.folder / "ladder").glob("[0-9]*"):
+        if int(rung.name.partition(".")[0]) > algorithm.updates:  # a killed process left it
+            rung.unlink()
+
+    def evaluation(phase: str, episodes: int) -> dict[str, float]:
+        seed = config.seed, algorithm.updates, int(phase == "final")
+        with torch.random.fork_rng([device] * (device.type == "cuda")):  # training's own stays as it was
+            torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
+            table = evaluate(algorithm.explore, evaluated, episodes, seed)
+        stamped = table.reset_index(names="episode").assign(update=algorithm.updates, phase=phase)
+        run.record("evaluations", stamped[["update", "phase", "episode", *table]].to_dict("records"))
+        result = {"return_mean": table["return"].mean(), "return_std": table["return"].std(ddof=0),
+                  "length_mean": table["length"].mean(), "success": table["success"].mean()}
+        shown = ", ".join(f"{key} {value:.2f}" for key, value in result.items() if not math.isnan(value))
+        progress.write(f"update {algorithm.updates:,}, {phase} evaluation: {shown}")
+        return {f"eval/{key}": float(value) for key, value in result.items()}
+
+    def keep(mean: float) -> None:
+        """The policy as a rung of the ladder, if `mean` beats the return of every evaluation before."""
+        if all(mean > row.get("eval/return_mean", -math.inf) for row in history):
+            tensors = {key: value.half().cpu() for key, value in algorithm.actor.state_dict().items()}
+            (run.folder / "ladder").mkdir(exist_ok=True)
+            run.write(f"ladder/{algorithm.updates:09d}.safetensors", safetensors.torch.save(tensors))
+
+    explorer = Explorer(explored, algorithm, buffer, (config.seed, resumed, 2))  # 0 and 1: evaluations
     progress = tqdm(total=config.updates, initial=algorithm.updates, unit=" updates", disable=None)
-    fill = config.refill_steps if resumed else config.random_steps
-    while buffer.added < fill:
-        explorer.step(random=not resumed)
     try:
+        while buffer.added < fill and algorithm.updates < config.updates:
+            explorer.step(random=not resumed)
         mark, marked = clock(), algorithm.updates
         while algorithm.updates < config.updates:
             explorer.step(random=False)
@@ -634,32 +648,36 @@ def learn(config: Config) -> None:
                 continue
             row = {"update": update, "environment_steps": steps + buffer.added, "resumed": resumed}
             row |= {key: float(value) for key, value in metrics.items()}
+            if lost := ", ".join(key for key, value in row.items() if not math.isfinite(value)):
+                raise UserError(f"diverged by update {update}: {lost} not finite; lower a learning rate", 3)
             row["time/updates_per_second"] = (update - marked) / (clock() - mark)
             progress.update(update - marked)
             if due[1]:
-                seed = config.seed, update, 0
-                table = evaluate(algorithm.explore, environments, config.eval_episodes, seed)
-                row |= {
-                    "eval/return_mean": table["return"].mean(),
-                    "eval/return_std": table["return"].std(ddof=0),
-                    "eval/length_mean": table["length"].mean(),
-                }
-                print(
-                    f"update {update:,}: return {row['eval/return_mean']:.0f} +- {row['eval/return_std']:.0f}",
-                    f"{row['time/updates_per_second']:.0f}/s alpha {row['actor/temperature']:.3f}",
-                    flush=True,
-                )
-                if row["eval/return_mean"] > best:
-                    best = row["eval/return_mean"]
-                    (run.folder / "ladder").mkdir(exist_ok=True)
-                    tensors = {k: v.half() for k, v in algorithm.actor.state_dict().items()}
-                    torch.save(tensors, run.folder / "ladder" / f"{update:09d}.pt")
+                row |= evaluation("training", config.eval_episodes)
+                keep(row["eval/return_mean"])
             row["time/wall_seconds"] = earlier + clock() - began
             run.record("metrics", [row])
+            run.mirror(row)
             if due[2]:
                 run.save(algorithm)
             mark, marked = clock(), update
-        run.note(status="finished", result="done")
+        progress.close()
+        final, table = evaluation("final", config.final_eval_episodes), pd.DataFrame(history)
+        run.mirror({"update": config.updates} | {key.replace("eval", "final"): final[key] for key in final})
+        numbers = {key.removeprefix("eval/"): value for key, value in final.items()}
+        numbers |= {"best_return": table["eval/return_mean"].max(), "wall_seconds": earlier + clock() - began}
+        numbers["updates_per_second"] = table["time/updates_per_second"].median()
+        numbers |= {"environment_steps": int(table["environment_steps"].iloc[-1]), "resumed": resumed}
+        result = "return {return_mean:.1f} +- {return_std:.1f} after {environment_steps:,} environment steps"
+        result += " (best on the way, chosen with the simulator: {best_return:.1f})"
+        result = result.format(**numbers)
+        numbers = {key: None if math.isnan(value) else value for key, value in numbers.items()}
+        run.note(status="finished", result=result, **numbers)
+        print(f"{run.folder}: {result}")
+    except Exception as error:  # after Ctrl-C the status is still running
+        status = "diverged" if error.args[1:] == (3,) else "failed"
+        run.note(status=status, result=str(error.args[0] if error.args else error)[:300])
+        raise
     finally:
         run.lock.release()
 
