@@ -1,6 +1,7 @@
 ## make test             make .venv and run the whole test suite
 ## make demo             make .venv and a dataset, train BC and TD3+BC on it, print their scores and draw them
-## make dataset ID=...   make a local dataset, e.g. ID=reef/pointmaze/umaze-v0
+## make dataset ID=...   make a local dataset, e.g. ID=reef/pointmaze/umaze-v0 or ID=reef/hopper/medium-v0
+## make datasets         make all local datasets that are not there yet, and name those that cannot be made
 ## make bench            updates per second of every script
 ## make scores           gather finished runs into results/scores/*.csv
 ## make lint             ruff
@@ -13,9 +14,11 @@ PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python
 TORCH_INDEX ?=
 
 RUN = .venv/bin/python
-DATASETS = $(patsubst configs/collect/%.yaml,reef/%,$(sort $(wildcard configs/collect/*/*.yaml)))
+RECIPES = $(filter-out configs/collect/sac/%,$(sort $(wildcard configs/collect/*/*.yaml)))
+DATASETS = $(RECIPES:configs/collect/%.yaml=reef/%)
+COLLECTOR = $(if $(filter reef/pointmaze/%,$(ID)),pointmaze,rollouts)
 
-.PHONY: help test demo dataset known-dataset bench scores lint
+.PHONY: help test demo dataset datasets known-dataset bench scores lint
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -28,7 +31,13 @@ demo: .venv/complete
 	$(RUN) results/demo.py
 
 dataset: known-dataset .venv/complete
-	$(RUN) algorithms/collect/pointmaze.py --config_path configs/collect/$(ID:reef/%=%).yaml
+	$(RUN) algorithms/collect/$(COLLECTOR).py --config_path configs/collect/$(ID:reef/%=%).yaml
+
+# One that fails does not keep the others from being made.
+datasets: .venv/complete
+	@failed=; for id in $(DATASETS); do \
+		$(MAKE) --no-print-directory dataset ID=$$id || failed="$$failed $$id"; \
+	done; test -z "$$failed" || { echo "not made:$$failed" >&2; exit 1; }
 
 known-dataset:
 	$(if $(ID),,$(error which dataset? make dataset ID=<one of: $(DATASETS)>))

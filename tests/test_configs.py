@@ -14,9 +14,14 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*") if path.is_file())
+RECIPES = [file for file in FILES if file.startswith("configs/collect/") and Path(file).parts[2] != "sac"]
 LEARNERS = [file for file in FILES if not file.startswith("configs/collect/")]
 SIZES = ("umaze", "medium", "large")
 MAZES = [f"reef/pointmaze/{size}{form}-v0" for size in SIZES for form in ("", "-goals")]
+MAZES.append("reef/pointmaze/large-stitch-v0")
+LEVELS = ("random", "medium", "medium-replay", "medium-expert", "expert", "expert-narrow")
+BODIES = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
+WALKERS = [f"reef/{body}/{level}-v0" for body in BODIES for level in LEVELS]
 MAX_LINES = 8
 
 
@@ -27,8 +32,10 @@ def references() -> dict[str, dict[str, str]]:
 
 @cache
 def script_of(file: str):
-    """The script that configs/<family>/<algorithm>/... belongs to, imported."""
+    """The script that configs/<family>/<algorithm>/... or configs/collect/<environment>/... belongs to."""
     family, algorithm = Path(file).parts[1:3]
+    if family == "collect" and algorithm not in ("pointmaze", "sac"):
+        algorithm = "rollouts"
     path = ROOT / "algorithms" / family / f"{algorithm}.py"
     assert path.is_file(), f"{file} has no script {path}"
     return load(path)
@@ -70,7 +77,7 @@ def test_loads_into_its_script(file):
         assert getattr(config, name) == defaults[name]
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", RECIPES + LEARNERS)
 def test_agrees_with_its_path(file):
     values = read(file)
     variant = f"-{values['variant']}" if "variant" in values else ""
@@ -82,6 +89,23 @@ def test_is_short_and_names_a_field_once(file):
     lines = (ROOT / file).read_text().splitlines()
     assert len(lines) <= MAX_LINES
     assert len([line for line in lines if not line.startswith("#")]) == len(read(file))
+
+
+def test_every_local_dataset_has_its_recipe():
+    assert sorted(read(file)["dataset"] for file in RECIPES) == sorted(MAZES + WALKERS)
+
+
+@pytest.mark.parametrize("dataset", WALKERS)
+def test_recipes_of_walkers_take_their_own_environment_and_policies(dataset):
+    _, body, level = dataset.removesuffix("-v0").split("/")
+    file = f"configs/collect/{body}/{level}-v0.yaml"
+    config = script_of(file).parse_config(["--config_path", str(ROOT / file)])
+    policies = {"medium-replay": "replay-*", "medium-expert": "medium expert", "expert-narrow": "expert"}
+    assert config.environment == BODIES[body]
+    assert config.policies == policies.get(level, level)
+    assert config.folder == f"results/behavior/{body}" or level == "random"
+    assert config.episodes == (10 if level == "expert-narrow" else 0)
+    assert (config.steps, config.seed) == (200_000, 0)
 
 
 @pytest.mark.parametrize("file", LEARNERS)
@@ -116,15 +140,20 @@ def test_the_table_of_references():
 def test_every_dataset_has_its_config(algorithm):
     here = [file for file in LEARNERS if file.startswith(f"configs/offline/{algorithm}/")]
     plain = [read(file)["dataset"] for file in here if "variant" not in read(file)]
-    assert sorted(plain) == sorted([*references(), *MAZES])
+    assert sorted(plain) == sorted([*references(), *MAZES, *WALKERS])
 
 
 def test_every_maze_and_walker_has_its_ten_percent_imitation():
     files = [file for file in LEARNERS if file.startswith("configs/offline/bc/")]
     top10 = [read(file) for file in files if "variant" in read(file)]
-    walkers = [name for name in references() if name.startswith("mujoco/")]
+    walkers = [name for name in references() if name.startswith("mujoco/")] + WALKERS
     assert sorted(values["dataset"] for values in top10) == sorted([*walkers, *MAZES])
     assert all((values["variant"], values["fraction"]) == ("top10", 0.1) for values in top10)
+
+
+@pytest.mark.parametrize("file", [file for file in LEARNERS if "/reef/" in file])
+def test_local_datasets_are_learnt_for_50_000_updates(file):
+    assert read(file)["updates"] == 50_000
 
 
 @pytest.mark.parametrize("file", LEARNERS)

@@ -20,7 +20,9 @@ SCRIPT = Path(__file__).resolve().parents[1] / "algorithms/collect/pointmaze.py"
 PLAIN = ("--dataset", "reef/pointmaze/umaze-v0", "--steps", "2000")
 GOALS = ("--dataset", "reef/pointmaze/medium-goals-v0", "--steps", "4000", "--maze", "medium", "--goals=true")
 SMALL = ("--shards", "3", "--reference_episodes", "4", "--seed", "7")
+STITCH = ("--dataset", "reef/pointmaze/large-stitch-v0", "--steps", "19200", "--maze", "large-stitch")
 REACH = 0.45  # m from the goal that the environment rewards
+FAR = range(1, 5)  # columns of the large maze in which the stitching form's evaluation starts
 
 
 def load_script():
@@ -143,8 +145,10 @@ def test_the_planner_pushes_along_the_corridor_and_brakes():
     np.testing.assert_allclose(moving, [-0.5 - 1, -1 + 2])
 
 
-@pytest.mark.parametrize("maze", pointmaze.MAZES)
-@pytest.mark.parametrize("goal_conditioned", [False, True])
+@pytest.mark.parametrize(
+    ("maze", "goal_conditioned"),
+    [*((maze, False) for maze in pointmaze.MAZES), *((maze, True) for maze in ("umaze", "medium", "large"))],
+)
 def test_without_noise_it_always_gets_there(maze, goal_conditioned):
     config = pointmaze.Config(maze=maze, goals=goal_conditioned, reference_episodes=10)
     planner = pointmaze.measure(config, np.random.SeedSequence(1), "planner")
@@ -252,6 +256,68 @@ def test_goal_conditioned_episodes_end_at_their_goal_and_go_on_from_there(goals)
     assert breaks == 2  # between the three shards
 
 
+# The stitching form: no episode leads from where evaluation starts to the goal, though pieces of two do
+
+
+@pytest.fixture(scope="module")
+def stitch(tmp_path_factory):
+    root = tmp_path_factory.mktemp("stitch")
+    done = run(root, *STITCH, "--processes", "2")
+    assert done.returncode == 0, done.stderr
+    return load(root, STITCH[1])
+
+
+def large_cells(observations: np.ndarray) -> np.ndarray:
+    """Cells (row, column) [T, 2] of the 9 x 12 large maze, whose cells are 1 m wide, middle at (0, 0)."""
+    return np.stack([np.floor(4.5 - observations[:, 1]), np.floor(observations[:, 0] + 6)], 1).astype(int)
+
+
+def far_cells() -> set[tuple[int, int]]:
+    """Where evaluation starts, from the stock maze."""
+    plan = pointmaze.stock_spec("large").kwargs["maze_map"]
+    return {(i, j) for i, row in enumerate(plan) for j in FAR if row[j] == 0}
+
+
+def test_no_episode_has_both_a_far_start_and_the_goals_surroundings(stitch):
+    goal, far, near, columns = np.array([3.5, -3.0]), [], [], set()
+    episodes = list(stitch.iterate_episodes())
+    for episode in episodes:
+        cells = large_cells(episode.observations)
+        far.append(np.isin(cells[:, 1], FAR).any())
+        near.append((np.linalg.norm(episode.observations[:, :2] - goal, axis=1) <= 2).any())
+        columns.add((cells[:, 1].min() >= 6, cells[:, 1].max() <= 6))
+    assert len(episodes) == 24
+    assert not (np.array(far) & np.array(near)).any()
+    assert sum(far) >= 8
+    assert sum(near) >= 6
+    assert columns <= {(True, False), (False, True)}  # each keeps to its half
+
+
+def test_pieces_of_two_episodes_lead_from_every_far_start_to_the_goal(stitch):
+    """Steps from cell to cell, over all episodes, join the halves; both walk the corridor between them."""
+    steps, halves = set(), {True: set(), False: set()}
+    for episode in stitch.iterate_episodes():
+        cells = [tuple(cell) for cell in large_cells(episode.observations).tolist()]
+        steps |= set(zip(cells, cells[1:]))
+        halves[any(column < 6 for _, column in cells)] |= {cell for cell in cells if cell[1] == 6}
+    assert len(halves[True] & halves[False]) >= 5
+    reached, before = {(7, 9)}, set()
+    while reached != before:
+        before, reached = reached, reached | {a for a, b in steps if b in reached}
+    assert far_cells() <= reached
+
+
+def test_its_evaluation_starts_far_from_the_goal(stitch):
+    env, starts, goals = stitch.recover_environment(eval_env=True), [], []
+    for seed in range(200):
+        starts.append(env.reset(seed=seed)[0])
+        goals.append(env.unwrapped.goal.copy())
+    assert {tuple(cell) for cell in large_cells(np.array(starts)).tolist()} == far_cells()
+    assert np.abs(np.array(goals) - [3.5, -3.0]).max() <= 0.25
+    assert env.spec.max_episode_steps == 800
+    assert stitch.storage.metadata["ref_min_score"] == 0  # random actions get nowhere
+
+
 # The environments and scores that a dataset carries
 
 RECOVER = """
@@ -299,7 +365,8 @@ def test_recovered_evaluation_of_the_goal_conditioned_form(roots):
         assert env["step"] == [1.0, False, False, True]
 
 
-GOAL_POSITIONS = {"umaze": (-1, 1), "medium": (2.5, -2.5), "large": (3.5, -3)}  # m from the middle
+# m from the middle
+GOAL_POSITIONS = {"umaze": (-1, 1), "medium": (2.5, -2.5), "large": (3.5, -3), "large-stitch": (3.5, -3)}
 
 
 @pytest.mark.parametrize("maze", GOAL_POSITIONS)
@@ -308,7 +375,7 @@ def test_the_rewarded_cell_is_d4rls(maze):
     env.reset(seed=0)
     (cell,) = env.unwrapped.maze.unique_goal_locations
     np.testing.assert_allclose(cell, GOAL_POSITIONS[maze])
-    assert env.spec.max_episode_steps == {"umaze": 300, "medium": 600, "large": 800}[maze]
+    assert env.spec.max_episode_steps == {"umaze": 300, "medium": 600}.get(maze, 800)
 
 
 @pytest.mark.parametrize("form", ["plain", "goals"])
@@ -410,6 +477,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing(main, tmp_path, monkeyp
         (("--noise", "loud"), "noise"),
         (("--noise", "nan"), "noise"),
         (("--goals", "maybe"), "goals"),
+        (("--goals=true", "--maze=large-stitch", "--steps=800"), "no goal-conditioned form"),
         (("--shards", "0"), "shards"),
         (("--dataset", "reef/pointmaze/umaze"), "reef/pointmaze/umaze-v0"),
         (("--dataset", "../umaze-v0"), "Minari id"),

@@ -13,6 +13,10 @@ So imitation wanders, and value learning can stitch pieces of many walks into on
 The goal-conditioned form (`goals: true`, as Minari's D4RL/pointmaze) shows the planner's goal in a Dict
 observation and rewards it. Reaching it truncates the episode; the next goes on from there to another goal.
 
+The stitching form (`maze: large-stitch`) parts the large maze in two halves that share one corridor. Every
+episode starts and stays in one half, by turns. Evaluation starts in the half without the goal, off the
+corridor: no episode leads from there to the goal, only pieces of two do.
+
 Differences from D4RL: (1) is looked up in every step, where D4RL's planner visits waypoints one by one, so
 the ball cuts corners and recovers from any push; (4) shifts by at most 0.1 m there; in (5) the radius is
 0.5 m there and the goal's place never changes (here the environment shifts it by at most 0.25 m in each
@@ -58,7 +62,11 @@ MAZES = {  # Gymnasium id and the goal that D4RL rewards, a free cell (row, colu
     "umaze": ("PointMaze_UMaze-v3", (1, 1)),
     "medium": ("PointMaze_Medium-v3", (6, 6)),
     "large": ("PointMaze_Large-v3", (7, 9)),
+    "large-stitch": ("PointMaze_Large-v3", (7, 9)),
 }
+# Columns of the stitching form. Shortest ways between cells of a half stay in it, and so does the planner.
+HALVES = range(1, 7), range(6, 11)
+FAR = range(1, 5)  # where evaluation starts
 
 
 def limit(default, low: float = -math.inf, high: float = math.inf, choices: tuple = ()):
@@ -71,8 +79,8 @@ class Config:
     """PointMaze data by a planner that wanders."""
 
     dataset: str = "reef/pointmaze/umaze-v0"  # Minari id of the dataset to write
-    maze: str = limit("umaze", choices=tuple(MAZES))  # umaze, medium or large
-    goals: bool = False  # true: the goal-conditioned form
+    maze: str = limit("umaze", choices=tuple(MAZES))  # umaze, medium, large or large-stitch
+    goals: bool = False  # true: the goal-conditioned form (not of large-stitch)
     steps: int = 200_000  # transitions, rounded up to whole episodes
     seed: int = limit(0, low=0)  # of starts, goals and noise
     noise: float = 0.5  # deviation of the noise on actions, (3)
@@ -111,9 +119,14 @@ class Planner:
         waypoint = goal if next_cell == goal_cell else self.maze.cell_rowcol_to_xy(next_cell)
         return 10 * (waypoint - position) - velocity  # (2)
 
-    def draw_goal(self, rng: np.random.Generator) -> np.ndarray:
-        """Position [2] in m near the centre of a random free cell."""
-        cell = self.cells[rng.integers(len(self.cells))]
+    def draw_cell(self, rng: np.random.Generator, columns: range) -> tuple[int, int]:
+        """A random free cell of these columns."""
+        cells = [cell for cell in self.cells if cell[1] in columns]
+        return cells[rng.integers(len(cells))]
+
+    def draw_goal(self, rng: np.random.Generator, columns: range) -> np.ndarray:
+        """Position [2] in m near the centre of a random free cell of these columns."""
+        cell = self.draw_cell(rng, columns)
         return self.maze.cell_rowcol_to_xy(cell) + rng.uniform(-0.25, 0.25, 2)  # (4)
 
 
@@ -132,6 +145,7 @@ def make_environment(config: Config, evaluation: bool) -> gym.Env:
     """Where policies are scored (`evaluation`) or data collected; one and the same in the plain form.
 
     Plain form: observations [4], position in m and velocity in m/s; one goal cell, starts in all the others.
+    Stitching form: the same, but it starts in the columns `FAR`, unless told a cell.
     Goal-conditioned form: the stock environment; in collection it has no time limit, and a goal that is
     reached gives way to another.
     """
@@ -140,6 +154,9 @@ def make_environment(config: Config, evaluation: bool) -> gym.Env:
         return gym.make(spec) if evaluation else gym.make(spec, reset_target=True, max_episode_steps=-1)
     maze_map, (i, j) = [list(row) for row in spec.kwargs["maze_map"]], MAZES[config.maze][1]
     maze_map[i][j] = "g"
+    if config.maze == "large-stitch":
+        for row in maze_map:
+            row[:] = ["r" if cell == 0 and column in FAR else cell for column, cell in enumerate(row)]
     env = gym.make(spec, maze_map=maze_map, continuing_task=True, reset_target=False)
     return FlattenObservation(FilterObservation(env, ["observation"]))
 
@@ -148,10 +165,13 @@ def collect(config: Config, seed: np.random.SeedSequence, steps: int) -> list[Ep
     """One shard: whole episodes of the noisy planner until they have `steps` transitions."""
     rng, env = np.random.default_rng(seed), make_environment(config, evaluation=False)
     world, episodes = env.unwrapped, []
-    planner = Planner(world.maze)
+    planner, columns = Planner(world.maze), range(world.maze.map_width)
     observation, _ = env.reset(seed=int(rng.integers(2**31)))
     while sum(map(len, episodes)) < steps:
-        goal = world.goal if config.goals else planner.draw_goal(rng)
+        if config.maze == "large-stitch":
+            columns = HALVES[len(episodes) % 2]
+            observation, _ = env.reset(options={"reset_cell": planner.draw_cell(rng, columns)})
+        goal = world.goal if config.goals else planner.draw_goal(rng, columns)
         observations, actions, rewards, truncated = [observation], [], [], False
         while not truncated:
             action = planner.act(world.data.qpos, world.data.qvel, goal)
@@ -163,8 +183,8 @@ def collect(config: Config, seed: np.random.SeedSequence, steps: int) -> list[Ep
             if config.goals:
                 truncated = info["success"]
             elif np.linalg.norm(world.data.qpos - goal) < 0.1:
-                goal = planner.draw_goal(rng)
-        episodes.append(make_episode(observations, actions, rewards))
+                goal = planner.draw_goal(rng, columns)
+        episodes.append(make_episode(observations, actions, rewards, terminated=False, truncated=True))
         if config.goals:  # the same place, now with the goal that the environment has just drawn
             observation = {**observation, "desired_goal": world.goal.copy()}
         else:
@@ -172,8 +192,10 @@ def collect(config: Config, seed: np.random.SeedSequence, steps: int) -> list[Ep
     return episodes
 
 
-def make_episode(observations: list, actions: list, rewards: list) -> EpisodeBuffer:
-    """A truncated episode of T + 1 observations (arrays or dicts of them), T actions and T rewards."""
+def make_episode(
+    observations: list, actions: list, rewards: list, terminated: bool, truncated: bool
+) -> EpisodeBuffer:
+    """An episode of T + 1 observations (arrays or dicts of them), T actions, T rewards, and how it ended."""
     if isinstance(observations[0], dict):
         observations = {key: np.stack([entry[key] for entry in observations]) for key in observations[0]}
     else:
@@ -183,8 +205,8 @@ def make_episode(observations: list, actions: list, rewards: list) -> EpisodeBuf
         observations=observations,
         actions=np.stack(actions),
         rewards=np.array(rewards),
-        terminations=np.zeros_like(last),
-        truncations=last,
+        terminations=last & terminated,
+        truncations=last & truncated,
         infos={},  # without, Minari cannot print the episode
     )
 
@@ -214,17 +236,13 @@ def measure(config: Config, seed: np.random.SeedSequence, policy: str) -> dict[s
 
 def make_dataset(config: Config) -> None:
     """Writes the dataset that `config` describes, with its reference scores, unless it is there."""
-    if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", config.dataset):
-        raise UserError(f"dataset: {config.dataset!r} is no Minari id such as reef/pointmaze/umaze-v0")
+    if config.goals and config.maze == "large-stitch":
+        raise UserError("goals: large-stitch has no goal-conditioned form")
     horizon = stock_spec(config.maze).max_episode_steps
     if config.steps < horizon:
         raise UserError(f"steps: {config.steps} is less than one episode ({horizon} in {config.maze})")
     recipe = {name: value for name, value in vars(config).items() if name not in ("dataset", "processes")}
-    if get_dataset_path(config.dataset).exists():
-        found = minari.load_dataset(config.dataset).storage.metadata
-        if found.get("recipe") != recipe:
-            raise UserError(f"{config.dataset} is there, by another recipe: minari delete {config.dataset}")
-        print(f"{config.dataset} is there: {found['total_steps']:,} steps, sha256 {found['content_hash']}")
+    if is_there(config.dataset, recipe):
         return
 
     start, policies = time.perf_counter(), ("random", "planner")
@@ -274,12 +292,31 @@ def describe_dataset(config: Config) -> str:
             " environment shifts by at most 0.25 m along each axis in each episode. It is not the planner's,"
             " and observations (position, velocity) show neither."
         )
+    if config.maze == "large-stitch":
+        form += (
+            f" An episode starts and stays in columns {HALVES[0][0]} to {HALVES[0][-1]}, or in columns"
+            f" {HALVES[1][0]} to {HALVES[1][-1]}; evaluation starts in columns {FAR[0]} to {FAR[-1]}, from"
+            " where no episode leads near the goal."
+        )
     return (
         f"A planner with Gaussian noise of deviation {config.noise} on its actions drives the ball of"
         f" {environment} from one random goal to the next. {form} Reference scores are mean returns of"
         f" {config.reference_episodes} episodes in the evaluation environment: ref_min_score of uniformly"
         " random actions, ref_max_score of the planner without noise, told the goal."
     )
+
+
+def is_there(dataset_id: str, recipe: dict) -> bool:
+    """Whether this machine has the dataset, which is then said; one by another recipe is an error."""
+    if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", dataset_id):
+        raise UserError(f"dataset: {dataset_id!r} is no Minari id such as reef/pointmaze/umaze-v0")
+    if not get_dataset_path(dataset_id).exists():
+        return False
+    found = minari.load_dataset(dataset_id).storage.metadata
+    if found.get("recipe") != recipe:
+        raise UserError(f"{dataset_id} is there, by another recipe: minari delete {dataset_id}")
+    print(f"{dataset_id} is there: {found['total_steps']:,} steps, sha256 {found['content_hash']}")
+    return True
 
 
 def run_jobs(jobs: list[tuple], processes: int):

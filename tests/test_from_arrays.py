@@ -1,0 +1,551 @@
+"""algorithms/collect/from_arrays.py: a log's episodes as worked out by hand, and what it refuses."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import load_script
+
+SCRIPT = Path(__file__).resolve().parents[1] / "algorithms/collect/from_arrays.py"
+FORMS = ("npz", "csv", "parquet")
+from_arrays = load_script("collect/from_arrays.py")
+
+
+def make_log() -> dict[str, np.ndarray]:
+    """Eight rows: 0 to 2 end in a termination, 3 to 5 in a truncation, 6 and 7 in nothing."""
+    rows = np.arange(8)
+    return {
+        "observations": np.stack([rows + 0.1, -rows - 0.2], 1),
+        "actions": np.stack([rows / 10, 0.5 - rows / 7, rows / 3], 1),
+        "rewards": rows + 0.5,
+        "terminations": rows == 2,
+        "truncations": rows == 5,
+    }
+
+
+def write(folder: Path, log: dict, form: str) -> Path:
+    """The log as a file; in a table a field of width d is d columns with numbers."""
+    path = folder / f"log.{form}"
+    if form == "npz":
+        np.savez(path, **log)
+        return path
+    columns = {}
+    for name, array in log.items():
+        name = name.removesuffix("s")
+        wide = np.ndim(array) == 2
+        columns |= {f"{name}_{i}": column for i, column in enumerate(array.T)} if wide else {name: array}
+    table = pd.DataFrame(columns)
+    table.to_parquet(path) if form == "parquet" else table.to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    """An empty Minari root."""
+    (tmp_path / "minari").mkdir()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    return tmp_path / "minari"
+
+
+@pytest.fixture
+def call(root, monkeypatch, capsys):
+    """call(file, "--field", ...) is the command line in this process: exit status, stdout, stderr."""
+
+    def run(file: Path, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["from_arrays.py", "--file", str(file), *arguments])
+        capsys.readouterr()
+        status = 0
+        try:
+            from_arrays.main(from_arrays.import_log)
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def imported(call, tmp_path):
+    """imported(log, "csv", ...): the dataset, its episodes and what was printed."""
+
+    def run(log: dict, form: str = "npz", *arguments: str):
+        status, out, err = call(write(tmp_path, log, form), *arguments)
+        assert (status, err) == (0, "")
+        dataset = minari.load_dataset("my/logs-v0")
+        episodes = list(dataset.iterate_episodes())
+        for episode in episodes:  # what every dataset has to be
+            steps = len(episode.rewards)
+            assert len(episode.actions) == len(episode.terminations) == len(episode.truncations) == steps
+            assert not episode.terminations[:-1].any()
+            assert not episode.truncations[:-1].any()
+        return dataset, episodes, out
+
+    return run
+
+
+@pytest.fixture
+def refused(call, root, tmp_path):
+    """refused(log, "csv", ...) or refused(file, ...): the one line, with nothing written."""
+
+    def run(log, form: str = "npz", *arguments: str) -> str:
+        file = write(tmp_path, log, form) if isinstance(log, dict) else log
+        status, out, err = call(file, *arguments)
+        assert (status, out) == (2, "")
+        assert len(err.splitlines()) == 1
+        assert list(root.iterdir()) == []
+        return err
+
+    return run
+
+
+def assert_steps(episode, log: dict, rows: list[int], seen: list[int]) -> None:
+    """The episode is these rows of the log, and its observations those of the rows `seen`."""
+    np.testing.assert_array_equal(episode.observations, log["observations"][seen])
+    np.testing.assert_array_equal(episode.actions, log["actions"][rows].astype(np.float32))
+    np.testing.assert_array_equal(episode.rewards, log["rewards"][rows])
+
+
+# Episodes
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_without_next_observations(imported, form):
+    log = make_log()
+    dataset, episodes, out = imported(log, form)
+    assert_steps(episodes[0], log, [0, 1, 2], [0, 1, 2, 2])  # terminated: the last observation again
+    assert_steps(episodes[1], log, [3, 4], [3, 4, 5])  # truncated: the last step is lost
+    assert_steps(episodes[2], log, [6], [6, 7])  # the log ends
+    assert [e.terminations[-1] for e in episodes] == [True, False, False]
+    assert [e.truncations[-1] for e in episodes] == [False, True, True]
+    assert (dataset.total_episodes, dataset.total_steps) == (3, 6)
+    assert "my/logs-v0: 6 steps in 3 episodes, 1 of them terminated" in out
+    assert "episodes without a flag at their end, taken as truncated: 1\n" in out
+    assert "terminated episodes whose last observation stands twice at the end: 1\n" in out
+    assert "steps lost, each the last of a truncated episode: its next observation is unknown: 2\n" in out
+    assert "lost, truncated after a single step" not in out
+    assert all(line in dataset.storage.metadata["description"] for line in out.splitlines()[1:])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_with_next_observations_no_step_is_lost(imported, form):
+    log = make_log()
+    log["next_observations"] = np.append(log["observations"][1:], [[80.0, 81.0]], 0)
+    log["next_observations"][[2, 5]] = [[20.0, 21.0], [50.0, 51.0]]
+    _, episodes, out = imported(log, form)
+    for episode, rows in zip(episodes, ([0, 1, 2], [3, 4, 5], [6, 7]), strict=True):
+        assert_steps(episode, {**log, "observations": episode.observations}, rows, [*range(len(rows) + 1)])
+        np.testing.assert_array_equal(episode.observations[:-1], log["observations"][rows])
+        np.testing.assert_array_equal(episode.observations[-1], log["next_observations"][rows[-1]])
+    assert [e.truncations[-1] for e in episodes] == [False, True, True]
+    assert "taken as truncated: 1\n" in out
+    assert "lost" not in out
+    assert "twice" not in out
+    assert "reset" not in out
+
+
+def test_a_next_observation_after_a_reset_is_pointed_out(imported):
+    log = make_log()
+    log["next_observations"] = np.append(log["observations"][1:], [[80.0, 81.0]], 0)
+    _, _, out = imported(log)  # row 2, terminated, does no harm; row 5, truncated, does
+    assert "(wrong if a reset lies between): 1\n" in out
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("ids", [[7, 7, 7, 3, 3, 3, 3, 4], list("bbbaaaac")])
+def test_episode_ids(imported, form, ids):
+    log = {**make_log(), "episode_ids": np.array(ids)}
+    log["truncations"][:] = False
+    log["truncations"][6] = True
+    _, episodes, out = imported(log, form)
+    assert_steps(episodes[0], log, [0, 1, 2], [0, 1, 2, 2])
+    assert_steps(episodes[1], log, [3, 4, 5], [3, 4, 5, 6])
+    assert len(episodes) == 2  # the third was a single step, and truncated
+    assert "episodes lost, truncated after a single step: 1\n" in out
+    assert "without a flag at their end, taken as truncated: 1\n" in out
+
+
+def test_where_ids_change_without_a_flag_is_a_truncation(imported):
+    log = {**make_log(), "episode_ids": np.array([0, 0, 0, 1, 1, 2, 2, 2])}
+    del log["truncations"]
+    _, episodes, out = imported(log)
+    assert_steps(episodes[1], log, [3], [3, 4])
+    assert_steps(episodes[2], log, [5, 6], [5, 6, 7])
+    assert [e.terminations[-1] for e in episodes] == [True, False, False]
+    assert [e.truncations[-1] for e in episodes] == [False, True, True]
+    assert "taken as truncated: 2\n" in out
+
+
+def test_both_flags_are_a_termination_at_the_time_limit(imported):
+    log = make_log()
+    log["truncations"][2] = True
+    _, episodes, _ = imported(log)
+    assert_steps(episodes[0], log, [0, 1, 2], [0, 1, 2, 2])
+    assert (episodes[0].terminations[-1], episodes[0].truncations[-1]) == (True, True)
+
+
+# Names and layouts
+
+
+@pytest.mark.parametrize(
+    ("termination", "truncation"),
+    [("terminals", "timeouts"), ("terminated", "truncated"), ("terminal", "timeout")],
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_other_names_of_the_flags(imported, form, termination, truncation):
+    log = make_log()
+    log[termination], log[truncation] = log.pop("terminations"), log.pop("truncations")
+    assert [len(e.rewards) for e in imported(log, form)[1]] == [3, 2, 1]
+
+
+def test_numbered_columns_stand_in_any_order(call, tmp_path):
+    log = {**make_log(), "observations": np.arange(88.0).reshape(8, 11)}  # _10 comes after _9
+    table = pd.read_csv(write(tmp_path, log, "csv"))
+    table[sorted(table, reverse=True)].to_csv(tmp_path / "log.csv")
+    assert call(tmp_path / "log.csv")[0] == 0
+    assert_steps(minari.load_dataset("my/logs-v0")[0], log, [0, 1, 2], [0, 1, 2, 2])
+
+
+def test_names_of_the_users_own(imported, call, tmp_path):
+    log, path = make_log(), tmp_path / "own.csv"
+    x, speed = log["observations"].T
+    columns = {"time": list("abcdefgh"), "speed [m/s]": speed, "x": x}
+    columns |= {name: log["actions"][:, i] for i, name in enumerate("uvw")}
+    columns |= {"r": log["rewards"], "end": log["terminations"], "cut": log["truncations"]}
+    pd.DataFrame(columns).to_csv(path)
+    names = ("--observations", "x 'speed [m/s]'", "--actions", "u v w", "--rewards", "r")
+    status, _, err = call(path, *names, "--terminations", "end", "--truncations", "cut")
+    assert (status, err) == (0, "")
+    episode = minari.load_dataset("my/logs-v0")[0]
+    assert_steps(episode, log, [0, 1, 2], [0, 1, 2, 2])
+
+
+def test_vectors_in_the_columns_of_a_parquet(call, tmp_path):
+    log = make_log()
+    table = pd.DataFrame({name: [*array] for name, array in log.items()})
+    table.to_parquet(tmp_path / "log.parquet")
+    assert call(tmp_path / "log.parquet")[0] == 0
+    assert_steps(minari.load_dataset("my/logs-v0")[0], log, [0, 1, 2], [0, 1, 2, 2])
+
+
+def test_dict_observations(imported):
+    log = make_log()
+    log["observations/b"], log["observations/a"] = log["observations"][:, :1], log.pop("observations")
+    log["next_observations/b"] = log["observations/b"] + 1
+    log["next_observations/a"] = log["observations/a"] + [1, -1]
+    dataset, episodes, _ = imported(log)
+    for key in "ab":
+        expected = np.append(log[f"observations/{key}"][3:6], log[f"next_observations/{key}"][5:6], 0)
+        np.testing.assert_array_equal(episodes[1].observations[key], expected)
+    assert {key: space.shape for key, space in dataset.observation_space.items()} == {"a": (2,), "b": (1,)}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, np.int8])
+def test_types_of_an_npz_stay_if_they_are_float32_or_float64(imported, dtype):
+    log = make_log()
+    log["observations"] = log["observations"].astype(dtype)
+    dataset, episodes, _ = imported(log)
+    expected = np.float64 if dtype == np.float64 else np.float32
+    assert episodes[0].observations.dtype == dataset.observation_space.dtype == expected
+    assert_steps(episodes[0], log, [0, 1, 2], [0, 1, 2, 2])
+
+
+def test_a_csv_with_blank_lines_a_byte_order_mark_and_words_for_flags(call, tmp_path):
+    log = make_log()
+    text = write(tmp_path, log, "csv").read_text().replace(",", ", ").replace("True", "TRUE")
+    text = text.replace("\n", "\n\n")
+    (tmp_path / "log.csv").write_text(text, encoding="utf-8-sig")
+    assert call(tmp_path / "log.csv")[0] == 0
+    assert_steps(minari.load_dataset("my/logs-v0")[0], log, [0, 1, 2], [0, 1, 2, 2])
+
+
+# Spaces and metadata
+
+
+def test_action_bounds(imported, root):
+    log = make_log()
+    dataset, episodes, out = imported(log)
+    assert dataset.action_space.low.tolist() == [0, -0.5, 0]
+    assert dataset.action_space.high.tolist() == np.array([0.7, 0.5, 7 / 3], np.float32).tolist()
+    assert all(dataset.action_space.contains(action) for e in episodes for action in e.actions)
+    assert dataset.env_spec is None
+    assert out.endswith("action bounds: the data's extremes\n")
+    minari.delete_dataset("my/logs-v0")
+    dataset, _, out = imported(log, "npz", "--action_low", "-1", "--action_high", "1 1 2")
+    bounds = dataset.action_space.low.tolist(), dataset.action_space.high.tolist()
+    assert bounds == ([-1, -1, -1], [1, 1, 2])
+    assert "action bounds: action_low and action_high\n" in out
+    assert out.endswith("outside, which training clips: 4.17%\n")  # 7 / 3 > 2, one of 24
+
+
+def pendulum_log(form: str) -> dict:
+    """Two steps of Pendulum-v1, cut."""
+    observations = np.array([[1.0, 0.0, 0.5], [0.6, 0.8, 1.5]])
+    flags = {"terminations": np.zeros(2, int), "truncations": np.array([0, 1])}
+    return {"observations": observations, "actions": np.array([[0.1], [3]]), "rewards": np.array([-1, -2.5]),
+            "next_observations": observations[[1, 0]], **flags}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_environment_gives_spaces_and_types(imported, form):
+    dataset, (episode,), out = imported(pendulum_log(form), form, "--environment", "Pendulum-v1")
+    env = gym.make("Pendulum-v1")
+    assert dataset.env_spec.id == "Pendulum-v1"
+    assert (dataset.observation_space, dataset.action_space) == (env.observation_space, env.action_space)
+    assert (episode.observations.dtype, episode.actions.dtype) == (np.float32, np.float32)
+    assert all(map(env.observation_space.contains, episode.observations))
+    assert "action bounds: those of Pendulum-v1\n" in out
+    assert "outside, which training clips: 50.00%\n" in out
+
+
+def test_metadata(imported, tmp_path):
+    dataset, episodes, out = imported(make_log(), "csv", "--ref_min", "0", "--ref_max", "20.5")
+    metadata, digest = dataset.storage.metadata, hashlib.sha256()
+    assert (metadata["ref_min_score"], metadata["ref_max_score"]) == (0, 20.5)
+    content = (tmp_path / "log.csv").read_bytes()
+    assert metadata["source"] == {"file": "log.csv", "sha256": hashlib.sha256(content).hexdigest()}
+    for e in episodes:
+        for array in (e.observations, e.actions, e.rewards, e.terminations, e.truncations):
+            digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    assert metadata["content_hash"] == digest.hexdigest()
+    assert digest.hexdigest() in out
+
+
+def test_whole_numbers_are_actions_if_there_are_bounds_or_two_columns(imported, refused):
+    log = make_log()
+    log["actions"] = np.arange(8)[:, None]
+    line = refused(log)
+    assert "discrete actions" in line
+    assert "--action_low" in line
+    dataset, _, _ = imported(log, "npz", "--action_low", "0", "--action_high", "9")
+    assert dataset.action_space.high == [9]
+    minari.delete_dataset("my/logs-v0")
+    log["actions"] = np.repeat(log["actions"], 2, 1)
+    assert imported(log)[0].action_space.shape == (2,)
+
+
+# What it refuses
+
+
+def change(field: str, row, value, dtype=None):
+    """A fault: this entry of this field is something else."""
+
+    def apply(log):
+        log[field] = log[field].astype(dtype or log[field].dtype)
+        log[field][row] = value
+
+    return apply
+
+
+def ids(*values):
+    return lambda log: log.update(episode_ids=np.array(values))
+
+
+def follow(row, value):
+    """A fault: next_observations that fit, but for this one."""
+
+    def apply(log):
+        log["next_observations"] = np.append(log["observations"][1:], [[80.0, 81.0]], 0)
+        log["next_observations"][row] = value
+
+    return apply
+
+
+ROWS = {  # fault, row, words
+    "nan": (change("observations", (4, 1), np.nan), 4, "nan"),
+    "inf": (change("rewards", 7, np.inf), 7, "reward"),
+    "too large for float32": (change("actions", (3, 2), 1e39), 3, "1e+39"),
+    "flag": (change("terminations", 6, 2, int), 6, "2, neither 0 nor 1"),
+    "fraction": (change("truncations", 1, 0.5, float), 1, "0.5, neither 0 nor 1"),
+    "id comes back": (ids(0, 0, 0, 1, 1, 1, 0, 0), 6, "episode_id 0 comes back"),
+    "id goes on": (ids(0, 0, 0, 0, 1, 1, 2, 2), 2, "episode 0 goes on in the next row"),
+    "no id": (ids(0, 0, 0, 1, 1, 1, np.nan, 2), 6, "no episode_id"),
+    "shuffled": (follow((3, 1), 9.0), 3, "9.0, but the next row of the episode observes -4.2"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ROWS)
+def test_a_bad_row_is_named(refused, form, name):
+    fault, row, words = ROWS[name]
+    log = make_log()
+    fault(log)
+    line = refused(log, form)
+    assert f"log.{form}, row {row}" + f" (line {row + 2})" * (form == "csv") + ": " in line
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "words"),
+    [
+        ("observation_1", "abc", "observation_1 is abc"),
+        ("observation_1", "", "observation_1 is nan"),
+        ("action_2", "1;5", "action_2 is 1;5"),
+        ("reward", "inf", "reward is inf"),
+        ("termination", "maybe", "termination is maybe"),
+        ("truncation", "", "truncation is nan"),
+    ],
+)
+def test_a_bad_cell_of_a_csv_is_named(refused, tmp_path, column, cell, words):
+    table = pd.read_csv(write(tmp_path, make_log(), "csv"), dtype=str)
+    table.loc[5, column] = cell
+    text = table.to_csv(index=False).replace("\n", "\n\n", 3)  # rows 3 and later are three lines further down
+    (tmp_path / "log.csv").write_text(text)
+    line = refused(tmp_path / "log.csv")
+    assert f"log.csv, row 5 (line 10): {words}" in line
+
+
+def test_the_entry_of_an_array_is_named(refused):
+    log = make_log()
+    log["observations"][6, 1] = -np.inf
+    assert "row 6: observations[1] is -inf" in refused(log)
+
+
+def test_vectors_of_unequal_length_in_a_parquet(refused, tmp_path):
+    log = {name: [*array] for name, array in make_log().items()}
+    log["observations"][4] = np.zeros(3)
+    pd.DataFrame(log).to_parquet(tmp_path / "log.parquet")
+    assert "row 4: observations has 3 entries, row 0 has 2" in refused(tmp_path / "log.parquet")
+    log["observations"] = [*np.ones((7, 1)), None]
+    pd.DataFrame(log).to_parquet(tmp_path / "log.parquet")
+    assert "row 7: observations has 0 entries, row 0 has 1" in refused(tmp_path / "log.parquet")
+
+
+def put(**arrays):
+    """A fault: these fields are functions of what they were, or of the observations if there were none."""
+    return lambda log: log.update(
+        {name: new(log.get(name, log["observations"])) for name, new in arrays.items()}
+    )
+
+
+def rename(old: str, new: str):
+    return lambda log: log.update({new: log.pop(old)})
+
+
+def add(new: str, old: str):
+    return lambda log: log.update({new: log[old]})
+
+
+ARRAYS = {  # fault, words
+    "short observations": (put(observations=lambda x: x[:7]), "actions has 8 rows, but observations has 7"),
+    "short rewards": (put(rewards=lambda x: x[:7]), "rewards has 7 rows"),
+    "images": (put(observations=lambda x: x.reshape(8, 2, 1)), "observations has shape (8, 2, 1)"),
+    "no entries": (put(actions=lambda x: x[:, :0]), "actions has shape (8, 0)"),
+    "words": (put(rewards=lambda _: np.array(["a"] * 8)), "rewards holds <U1, not numbers"),
+    "complex": (put(rewards=lambda x: x + 1j), "rewards holds complex128"),
+    "pickled": (put(rewards=lambda _: np.array([{}] * 8)), "rewards cannot be read"),
+    "one number": (put(rewards=lambda x: x[0]), "rewards cannot be read"),
+    "two rewards": (put(rewards=lambda x: np.stack([x, x], 1)), "rewards has 2 entries in a row, not one"),
+    "wide ids": (put(episode_ids=lambda x: x), "episode_ids have shape (8, 2)"),
+    "no terminations": (lambda log: log.pop("terminations"), "no terminations among observations, actions"),
+    "no end at all": (lambda log: log.pop("truncations"), "no truncations among"),
+    "two names": (add("timeouts", "truncations"), "choose the truncations among truncations, timeouts"),
+    "Dict and vector": (add("observations/a", "observations"), "choose the observations among"),
+    "deep Dict": (rename("observations", "observations/a/b"), "observations/a/b"),
+    "next shapes": (put(next_observations=lambda x: x[:, :1]), "next_observations {'': (8, 1)}"),
+    "no rows": (lambda log: log.update({name: array[:0] for name, array in log.items()}), "no rows"),
+    "nothing left": (put(terminations=np.zeros_like, truncations=np.ones_like), "no step is left"),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_that_do_not_fit(refused, name):
+    fault, words = ARRAYS[name]
+    log = make_log()
+    fault(log)
+    assert words in refused(log)
+
+
+HEADER = "observation_0,action_0,reward,termination,truncation\n"
+TEXTS = {
+    "empty file": ("", "No columns"),
+    "header alone": (HEADER, "no rows"),
+    "long row": (HEADER + "0.5,0.5,1,0,0\n0.5,0.5,1,0,0,7\n", "line 3"),
+    "long rows": (HEADER + "0,5,0.5,1,0,0\n", "Length of header"),
+    "short row": (HEADER + "0.5,0.5,1,0,0\n0.5,0.5,1,0\n", "row 1 (line 3): truncation is nan"),
+    "no header": ("0.5,0.4,1,0,2\n", "no observations"),
+    "twice": (HEADER.replace("action_0", "reward") + "0.5,0.5,1,0,0\n", "the header, has reward twice"),
+    "gap": ("observation_2," + HEADER + "1,1,.5,1,0,0\n", "choose the observations"),
+    "late": (HEADER.replace("n_0", "n_5", 1) + "1,.5,1,0,0\n", "choose the observations"),
+    "not text": (b"\xff\xfe\x00", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_tables_that_do_not_fit(refused, tmp_path, name):
+    text, words = TEXTS[name]
+    (tmp_path / "log.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert words in refused(tmp_path / "log.csv")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_files_that_cannot_be_read(refused, tmp_path, form):
+    assert f"there is no {tmp_path}/none.{form}" in refused(tmp_path / f"none.{form}")
+    whole = write(tmp_path, make_log(), form).read_bytes()
+    (tmp_path / f"log.{form}").write_bytes(whole[: len(whole) // 2] if form != "csv" else b"\x00\x80" * 9)
+    assert f"log.{form}: cannot be read" in refused(tmp_path / f"log.{form}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--dataset", "logs-v0"), "my/logs-v0"),
+        (("--dataset", "m/logs-v0"), "at least two letters"),
+        (("--dataset", "my/logs"), "and a version"),
+        (("--dataset", "../logs-v0"), "namespace"),
+        (("--file", "log.mat"), ".npz, .csv, .parquet"),
+        (("--observation", "x"), "did you mean observations?"),
+        (("--observations", "x y"), "no column"),
+        (("--observations", "'x"), "is no list"),
+        (("--rewards", "rewards observations"), "rewards: one column"),
+        (("--action_low", "0"), "None"),
+        (("--action_low", "0 0", "--action_high", "1"), "one number each or 3"),
+        (("--action_low", "0", "--action_high", "0"), "the low below the high"),
+        (("--action_low", "a", "--action_high", "inf"), "one number each or 3"),
+        (("--ref_min", "0"), "give both"),
+        (("--ref_min", "1", "--ref_max", "0"), "the smaller first"),
+        (("--environment", "Pendulum-v1", "--action_low", "0"), "leave them out"),
+        (("--environment", "Pendulum-v1"), "(2,) and actions (3,), but Pendulum-v1 has observations (3,)"),
+        (("--environment", "CartPole-v1"), "no continuous actions"),
+        (("--environment", "Nowhere-v1"), "cannot make Nowhere-v1"),
+    ],
+)
+def test_bad_arguments(refused, arguments, words):
+    assert words in refused(make_log(), "npz", *arguments)
+
+
+# What it leaves on the disk
+
+
+def test_an_id_that_is_there_is_refused_with_the_way_out(imported, call, tmp_path):
+    before = imported(make_log())[0].storage.metadata
+    status, out, err = call(tmp_path / "log.npz")
+    assert (status, out) == (2, "")
+    assert "my/logs-v0 is there: minari delete my/logs-v0" in err
+    assert minari.load_dataset("my/logs-v0").storage.metadata == before
+
+
+def test_a_full_disk_leaves_nothing(refused, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(from_arrays, "content_hash", full)  # by then the data are written
+    assert "No space left on device" in refused(make_log())
+
+
+def test_the_command_line(root, tmp_path):
+    write(tmp_path, make_log(), "csv")
+    words = [sys.executable, str(SCRIPT), "--file", "log.csv", "--dataset", "my/nested/logs-v0"]
+    options = {"cwd": tmp_path, "env": os.environ, "capture_output": True, "text": True}
+    done = subprocess.run(words, check=False, **options)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert minari.load_dataset("my/nested/logs-v0").total_steps == 6
+    assert {path.name for path in root.iterdir()} == {"my"}
+    done = subprocess.run(words, check=False, **options)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
