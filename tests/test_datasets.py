@@ -1,0 +1,540 @@
+"""results/datasets.py: a card's numbers against hand-made data, hashes, odd kinds of datasets, errors."""
+
+import hashlib
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import matplotlib.image
+import minari
+import numpy as np
+import pytest
+from conftest import load_script
+from matplotlib.figure import Figure
+from minari.data_collector import EpisodeBuffer
+
+ROOT = Path(__file__).resolve().parents[1]
+ID = "test/hand/made-v0"
+QUICK = pytest.mark.usefixtures("blank")
+BOX = gym.spaces.Box(-1, 3, (2,), np.float32)
+
+
+@pytest.fixture(scope="module")
+def script():
+    """results/datasets.py."""
+    spec = importlib.util.spec_from_file_location("reef_datasets", ROOT / "results/datasets.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def call(script, tmp_path, monkeypatch, capsys):
+    """call(*arguments) is the command line, its cards in tmp_path/cards: exit status, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        words = [*map(str, arguments), "--output", str(tmp_path / "cards")]
+        monkeypatch.setattr(sys, "argv", ["datasets.py", *words])
+        capsys.readouterr()
+        return script.main(), *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    """A Minari root of the test's own."""
+    (tmp_path / "minari").mkdir()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    return tmp_path / "minari"
+
+
+@pytest.fixture
+def store(root):
+    """store(episodes, ...) is a dataset in that root; observations and actions are Boxes unless given."""
+
+    def write(episodes: list, observations=None, actions=BOX, name: str = ID):
+        width = np.shape(episodes[0].observations)[-1] if observations is None else 0
+        free = gym.spaces.Box(-np.inf, np.inf, (width,), np.float64)
+        spaces = {"observation_space": observations or free, "action_space": actions}
+        with warnings.catch_warnings(action="ignore"):  # Minari's advice on datasets to publish
+            return minari.create_dataset_from_buffers(name, episodes, **spaces, data_format="hdf5")
+
+    return write
+
+
+@pytest.fixture
+def blank(script, monkeypatch):
+    """No picture, where it is not the point: drawing takes most of the time."""
+    monkeypatch.setattr(script, "draw", lambda *arguments: Figure())
+
+
+def episode(observations, actions, rewards, ended=(), cut=()) -> EpisodeBuffer:
+    """`ended` and `cut` are the steps with a flag."""
+    steps = np.arange(len(rewards))
+    return EpisodeBuffer(
+        observations=observations if isinstance(observations, dict) else np.array(observations, np.float64),
+        actions=np.array(actions),
+        rewards=np.array(rewards, np.float64),
+        terminations=np.isin(steps, ended),
+        truncations=np.isin(steps, cut),
+        infos={},
+    )
+
+
+def tables(folder: Path, name: str = ID) -> dict[str, list[str]]:
+    """The cells after the first of each row of a card's tables."""
+    lines = (folder / f"cards/{name}.md").read_text().splitlines()
+    rows = [line[2:-2].split(" | ") for line in lines if line.startswith("| ")]
+    return {row[0]: row[1:] for row in rows}
+
+
+def numbers(cells: list[str]) -> list[float]:
+    return [float(cell.replace(",", "")) for cell in cells]
+
+
+def picture(folder: Path, name: str = ID) -> np.ndarray:
+    return matplotlib.image.imread(folder / f"cards/{name}.png")
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+RANDOM = np.random.default_rng(0)
+
+
+def walk(steps: int, width: int = 3, actions: int = 2, scale: float = 1.0) -> EpisodeBuffer:
+    """A random episode that is cut at its end; actions are normal and clipped to the Box."""
+    seen, rewards = RANDOM.normal(size=(steps + 1, width)), RANDOM.normal(size=steps)
+    done = (scale * RANDOM.normal(size=(steps, actions))).clip(-1, 3).astype(np.float32)
+    return episode(seen, done, rewards, cut=[steps - 1])
+
+
+# ---------------------------------------- numbers of a small dataset ----------------------------------------
+
+# Bounds are -1 and 3, so 1 % of their distance is 0.04: saturated are values from 2.96 and up to -0.96.
+FOUR = [
+    episode([[0, 5], [1, 5], [2, 5]], [[-1, 0], [3, 1]], [1, 2], ended=[1]),
+    episode([[3, 5], [4, 5]], [[-1.5, 2.97]], [5], ended=[0]),
+    episode([[0, 5]] * 4, [[-0.97, 2.95], [0, 2], [4, 0]], [0, 0, -8], ended=[2], cut=[2]),
+    episode([[9, 5], [8, 5]], [[-0.95, 3]], [0.5]),
+]
+
+
+def test_numbers_by_hand(store, call, tmp_path):
+    store(FOUR).storage.update_metadata({"ref_min_score": -12.0, "ref_max_score": 8.0})
+    status, out, _ = call(ID)
+    assert status == 0
+    card = tables(tmp_path)
+    assert card["Episodes"] == ["4"]
+    assert card["Steps"] == ["7"]
+    assert card["Episodes terminated"] == ["3 (75.0%)"]
+    assert card["Episodes truncated"] == ["1 (25.0%)"]
+    assert card["Episodes with both"] == ["1 (25.0%)"]
+    assert card["Episodes with neither"] == ["1 (25.0%)"]
+    # Returns 3 5 -8 0.5, so sorted -8 0.5 3 5, with quartiles 3/4, 3/2 and 9/4 places from the first.
+    deviation = np.sqrt((2.875**2 + 4.875**2 + 8.125**2 + 0.375**2) / 4)
+    spread = [0.125, deviation, -8, -1.625, 1.75, 3.5, 5]
+    assert card["Mean return"] == ["0.125"]
+    assert numbers(card["return"]) == pytest.approx(spread, abs=1e-3)
+    # A score is 5 (return + 12).
+    assert card["Mean return as a score"] == ["60.62"]
+    scores = [60.625, 5 * deviation, 20, 51.875, 68.75, 77.5, 85]
+    assert numbers(card["score"]) == pytest.approx(scores, abs=0.01)
+    lengths = [1.75, np.sqrt(0.6875), 1, 1, 1.5, 2.25, 3]  # of 2 1 3 1
+    assert numbers(card["length (steps)"]) == pytest.approx(lengths, abs=1e-3)
+    deviation = np.sqrt((64 + 0.25 + 1 + 4 + 25) / 7 - (0.5 / 7) ** 2)  # of -8 0 0 0.5 1 2 5
+    rewards = [0.5 / 7, deviation, -8, 0, 0.5, 1.5, 5]
+    assert numbers(card["reward of a step"]) == pytest.approx(rewards, abs=1e-3)
+    assert card["Steps with a reward other than 0"] == [f"{5 / 7:.2%}"]
+    assert card["Action entries clipped"] == [f"{2 / 14:.2%}"]
+    assert card["Action entries saturated"] == [f"{(5 + 2) / 14:.2%}"]
+    assert card["Entries of an observation"] == ["2, 1 of them constant"]
+    first = np.array([-1, 3, -1.5, -0.97, 0, 4, -0.95])
+    assert numbers(card["0"][:6]) == pytest.approx([-1, 3, -1.5, 4, first.mean(), first.std()], abs=1e-3)
+    assert card["0"][6:] == [f"{share / 7:.2%}" for share in (2, 5, 3, 2)]
+    assert card["1"][6:] == [f"{share / 7:.2%}" for share in (0, 2, 0, 2)]
+    assert card["ref_min"] == ["-12", "the dataset's metadata"]
+    assert card["Environment"] == ["none recorded"]
+    for number in ("60.62", f"{7 / 14:.2%}", "77.5", "made-v0.md"):  # the terminal says it too
+        assert number in out
+    assert picture(tmp_path).std() > 0
+    assert files(tmp_path / "cards") == {f"{ID}.md", f"{ID}.png"}
+    assert "](made-v0.png)" in (tmp_path / f"cards/{ID}.md").read_text()
+
+
+@QUICK
+def test_the_hash_is_an_independent_calculation(store, call, tmp_path, script):
+    inner = gym.spaces.Dict({"z": gym.spaces.Box(-9, 9, (1,)), "c": gym.spaces.Box(-9, 9, (2,))})
+    space = gym.spaces.Dict({"m": gym.spaces.Box(-9, 9, (1,), np.float64), "b": inner})
+    m, z, c = np.array([[1.0], [2.0]]), np.float32([[3], [4]]), np.float32([[5, 6], [7, 8]])
+    actions = np.float32([[0.5, 0.25]])
+    store([episode({"m": m, "b": {"z": z, "c": c}}, actions, [2.5], ended=[0])], space)
+    assert call(ID)[0] == 0
+    digest = hashlib.sha256()
+    rest = (actions, np.array([2.5]), np.array([True]), np.array([False]))
+    assert script.leaves({"m": 3, "b": {"z": 2, "c": 1}}) == [1, 2, 3]  # HDF5 happens to sort its keys too
+    for array in (c, z, m, *rest):
+        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    assert tables(tmp_path)["sha256"] == [f"{digest.hexdigest()} (none recorded)"]
+    wanted = "{b: {c: [2] float32, z: [1] float32}, m: [1] float64}"
+    assert tables(tmp_path)["Observations"] == [wanted]
+    assert tables(tmp_path)["Entries of an observation"] == ["4, 0 of them constant"]
+
+
+@QUICK
+def test_the_recorded_hash_is_compared(store, call, tmp_path):
+    dataset = store([walk(30)])
+    wanted = load_script("collect/pointmaze.py").content_hash(dataset)
+    dataset.storage.update_metadata({"content_hash": wanted})
+    assert call(ID)[0] == 0
+    assert tables(tmp_path)["sha256"] == [f"{wanted} (as recorded)"]
+    dataset.storage.update_metadata({"content_hash": "0" * 64})
+    status, out, _ = call(ID)
+    assert status == 1
+    assert f"NOT AS RECORDED: {'0' * 64}" in out
+    assert "NOT AS RECORDED" in tables(tmp_path)["sha256"][0]
+
+
+@QUICK
+def test_bounds_are_those_of_the_environment(root, call, tmp_path):
+    """The dataset's own bounds are infinite; the environment's are -2 and 2."""
+    env, free = gym.make("Pendulum-v1"), gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    actions = np.float32([[-2], [2], [2.5], [-7], [1.97], [-1.95], [0], [0]])
+    made = [episode(np.float32(RANDOM.normal(size=(9, 3))), actions, np.ones(8))]
+    minari.create_dataset_from_buffers(ID, made, env=env, action_space=free, data_format="hdf5")
+    assert call(ID)[0] == 0
+    card = tables(tmp_path)
+    assert card["Environment"] == ["Pendulum-v1"]
+    assert card["Action entries clipped"] == [f"{2 / 8:.2%}"]
+    assert card["Action entries saturated"] == [f"{5 / 8:.2%}"]
+    assert card["0"][:2] == ["-2", "2"]
+    assert "at most 200 steps" in (tmp_path / f"cards/{ID}.md").read_text()
+
+    file = root / ID / "data/metadata.json"  # an environment that is not installed: the dataset's bounds
+    text = file.read_text().replace("Pendulum-v1", "Nowhere-v1")
+    file.write_text(text.replace("gymnasium.envs.classic_control.pendulum:PendulumEnv", "nowhere:Nowhere"))
+    assert call(ID)[0] == 0
+    card = tables(tmp_path)
+    assert card["Environment"][0].startswith("Nowhere-v1, which cannot be made here (")
+    assert card["Action entries clipped"] == card["Action entries saturated"] == ["no bounds"]
+    assert card["0"][:2] == ["-inf", "inf"]
+    assert card["0"][6:] == ["", "", "", ""]
+
+
+@QUICK
+def test_references_of_our_own_table(store, call, tmp_path):
+    name = "mujoco/hopper/medium-v0"
+    store([episode(np.zeros((2, 2)), [[0, 0]], [3234.3])], name=name)
+    assert call(name)[0] == 0
+    card = tables(tmp_path, name)
+    assert card["Mean return as a score"] == ["100"]
+    assert card["ref_max"][0] == "3,234"
+    assert "not comparable with D4RL" in card["ref_min"][1]
+
+
+@QUICK
+def test_the_source_of_references_in_the_metadata(store, call, tmp_path):
+    known = {"ref_min_score": 5, "ref_max_score": 5, "reference_source": "a | paper"}
+    store([walk(5)]).storage.update_metadata(known)
+    assert call(ID)[0] == 0
+    card = tables(tmp_path)
+    assert card["ref_max"] == ["5", r"a \| paper"]
+    assert card["Mean return as a score"] == ["no references"]  # the two are equal: nothing to divide by
+
+
+# ----------------------------------------------- odd datasets -----------------------------------------------
+
+
+def test_principal_components(script):
+    """x and y = 2 x + small noise, in other units, and a constant."""
+    x, noise = RANDOM.normal(size=(2, 4000))
+    sample = np.stack([5 + x, np.full(4000, 0.1), 1000 * (x + 0.1 * noise)], 1)
+    places, shares = script.project(sample)
+    correlation = np.corrcoef(sample[:, 0], sample[:, 2])[0, 1]  # of two: variances 1 + r and 1 - r
+    assert shares == pytest.approx([(1 + correlation) / 2, (1 - correlation) / 2], abs=1e-9)
+    a, b = ((sample[:, i] - sample[:, i].mean()) / sample[:, i].std() for i in (0, 2))
+    for column, wanted in enumerate((a + b, a - b)):
+        np.testing.assert_allclose(np.abs(places[:, column]), np.abs(wanted) / np.sqrt(2), atol=1e-9)
+    kept = [script.project(sample[:, columns])[1].size for columns in ([1], [0, 1], [0, 0], [0, 2])]
+    assert kept == [0, 1, 1, 2]
+
+
+A, B = [0.1, 0.2, 0.3], [0.3, 0.2, 0.1]
+assert sum(A) != sum(B)
+ODD = {
+    "one step": [episode([[1, 2], [3, 4]], [[0, 0]], [1])],
+    "one entry": [walk(30, width=1)],
+    "constant observations": [episode(np.full((9, 3), 0.1), np.zeros((8, 2)), np.ones(8))] * 3,
+    "on a line": [episode(np.arange(9)[:, None] * [1, -2], np.zeros((8, 2)), np.arange(8))],
+    "equal returns but for rounding": [episode(np.eye(4), np.ones((3, 2)), rewards) for rewards in (A, B)],
+    "large returns": [episode(np.eye(4), np.ones((3, 2)), [r, 1e9, 0]) for r in (1e7, -1e8, 0.5)],
+    "many lengths": [walk(steps) for steps in range(1, 90)],
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.filterwarnings("error")
+def test_odd_data(kind, store, call, tmp_path, script):
+    dataset = store(ODD[kind])
+    status, _, err = call(ID)
+    assert (status, err) == (0, "")
+    assert tables(tmp_path)["Steps"] == [f"{dataset.total_steps:,}"]
+    assert picture(tmp_path).shape[1] == 1700
+
+
+BOUNDS = {
+    "none": ([-np.inf, -np.inf], [np.inf, np.inf]),
+    "of one entry": ([-np.inf, -1], [np.inf, 3]),
+    "on one side": ([-1, -np.inf], [np.inf, 3]),
+}
+
+
+@pytest.mark.parametrize("kind", BOUNDS)
+@pytest.mark.filterwarnings("error")
+def test_bounds_that_are_missing(kind, store, call, tmp_path):
+    """Actions -1.5, -1, 0 and 3 in both entries."""
+    actions = np.float32([[-1.5, -1.5], [-1, -1], [0, 0], [3, 3]])
+    low, high = map(np.float32, BOUNDS[kind])
+    store([episode(np.eye(5), actions, np.ones(4))], actions=gym.spaces.Box(low, high))
+    assert call(ID)[0] == 0
+    card = tables(tmp_path)
+    wanted = ["no bounds", "no bounds"] if kind == "none" else ["12.50%", "37.50%"]
+    assert card["Action entries clipped"] + card["Action entries saturated"] == wanted
+    by_entry = {"none": ["", ""], "of one entry": ["", "75.00%"], "on one side": ["50.00%", "25.00%"]}
+    assert [card["0"][7], card["1"][7]] == by_entry[kind]
+
+
+def test_memory_of_observations_is_bounded(script, store, monkeypatch):
+    """Of more observations than SAMPLE that many are drawn, without any twice, and the same each time."""
+    monkeypatch.setattr(script, "SAMPLE", 50)
+    places = np.arange(303).reshape(3, 101, 1)
+    dataset = store([episode(rows, np.zeros((100, 2)), np.ones(100)) for rows in places])
+    data, again = script.read(dataset), script.read(dataset)
+    assert data.sample.shape == (50, 1)
+    assert len({*data.sample[:, 0]}) == 50
+    assert {*data.sample[:, 0]} <= {*range(303)}
+    assert (data.sample == again.sample).all()
+    assert np.ptp(data.sample) > 200  # from all episodes
+    assert data.positions[:, 0].tolist() == [*range(303)]
+    monkeypatch.setattr(script, "SAMPLE", 1000)
+    assert script.read(dataset).sample[:, 0].tolist() == [*range(303)]  # all of them, in their order
+
+
+def test_bins(script):
+    """Equal values are one bar; every bin of whole numbers has equally many of them."""
+
+    def bars(values) -> list[tuple[float, float]]:
+        axis = Figure().subplots()
+        script.draw_histogram(axis, np.array(values), "return")
+        return [(bar.get_width(), bar.get_height()) for bar in axis.patches]
+
+    assert bars([sum(A), sum(B)]) == [(1, 2)]
+    assert bars([7.0]) == [(1, 1)]
+    assert bars(np.arange(900)) == [(23, 23)] * 39 + [(23, 3)]
+    assert sum(height for _, height in bars(RANDOM.normal(size=100))) == 100
+
+
+def test_positions_outside_of_the_maze(script):
+    figure = Figure()
+    script.draw_density(figure.subplots(), np.full((3, 2), 9.0), [np.arange(3), np.arange(3)], "none")
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize("goals", [False, True])
+def test_mazes(goals, root, script, tmp_path, capsys, monkeypatch):
+    """The heat map counts the positions of all observations; the stars stand on the environment's goals."""
+    pointmaze = load_script("collect/pointmaze.py")
+    sizes = {"steps": 900, "shards": 1, "reference_episodes": 2, "processes": 1}
+    pointmaze.make_dataset(pointmaze.Config(dataset=ID, goals=goals, **sizes))
+    dataset, figures, draw = minari.load_dataset(ID), [], script.draw
+    monkeypatch.setattr(script, "draw", lambda *arguments: figures.append(draw(*arguments)) or figures[-1])
+    assert script.make_card(dataset, tmp_path / "cards")
+    (maze,) = [axis for axis in figures[0].axes if axis.get_title("left") == "Positions"]
+    (heat,) = maze.collections
+    assert heat.get_array().sum() == dataset.total_steps + dataset.total_episodes
+    key = (lambda seen: seen["achieved_goal"]) if goals else (lambda seen: seen[:, :2])
+    seen = np.concatenate([key(row.observations) for row in dataset.iterate_episodes()])
+    counts = np.zeros((100, 100))  # in squares of 0.05 m [y, x] from -2.5 m, for the middle of the maze is 0
+    np.add.at(counts, tuple(np.floor((seen[:, ::-1] + 2.5) / 0.05).astype(int).T), 1)
+    assert (heat.get_array().filled(0) == counts).mean() > 0.999  # but for rounding at edges
+    stars = {tuple(place) for place in np.transpose(maze.lines[0].get_data())}
+    cells = {(-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)}
+    assert stars == (cells if goals else {(-1, 1)})
+    assert len(maze.patches) == 25 - 7  # walls
+    card = tables(tmp_path)
+    assert card["ref_min"][1] == "the dataset's metadata: random, mean of 2 episodes"
+    assert card["ref_max"][1] == "the dataset's metadata: planner, mean of 2 episodes"
+    assert "mujoco" in card["Versions at its making"][0]
+    assert card["sha256"][0].endswith("(as recorded)")
+    words = (tmp_path / f"cards/{ID}.md").read_text()
+    assert "\n\nA planner with Gaussian noise" in words
+
+
+# ------------------------------------------------- --check -------------------------------------------------
+
+
+def edit(folder: Path, old: str, new: str) -> None:
+    """Replaces what a regular expression finds once in the card."""
+    file = folder / f"cards/{ID}.md"
+    text, count = re.subn(old, new, file.read_text())
+    assert count == 1
+    file.write_text(text)
+
+
+@QUICK
+def test_check(store, root, call, tmp_path):
+    store([walk(20)])
+    store([walk(20)], name="test/hand/other-v0")
+    assert call(ID, "test/hand/other-v0")[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cards").rglob("*")}
+    assert call("--check")[:2] == (0, f"{ID}: equal\ntest/hand/other-v0: equal\n")
+    assert call("--check", ID)[:2] == (0, f"{ID}: equal\n")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "cards").rglob("*")}
+
+    with h5py.File(root / ID / "data/main_data.hdf5", "a") as file:
+        file["episode_0/rewards"][7] += 1e-12
+    status, out, _ = call("--check")
+    assert status == 1
+    assert out.startswith(f"{ID}: DIFFERS: sha256 ")
+    assert tables(tmp_path)["sha256"][0].split()[0] in out
+    assert out.endswith("test/hand/other-v0: equal\n")  # the first does not hide the second
+
+    shutil.rmtree(root / ID)
+    status, out, _ = call("--check", ID)
+    assert (status, out) == (0, f"{ID}: skipped, it is not on this machine\n")
+
+
+@QUICK
+@pytest.mark.parametrize("row", ["CPU here", "Versions here", "Versions at its making"])
+def test_check_skips_what_other_machines_made(row, store, call, tmp_path, root):
+    """The data differ from the card's; told from nothing but the row is that this means nothing."""
+    store([walk(20)]).storage.update_metadata({"versions": {"mujoco": "3.3.7"}})
+    assert call(ID)[0] == 0
+    edit(tmp_path, r"\| sha256 \| \w{8}", "| sha256 | 00000000")
+    assert call("--check")[0] == 1
+    edit(tmp_path, rf"\| {row} \| .*", f"| {row} | another 1.2 |")
+    status, out, _ = call("--check")
+    assert status == 0
+    assert out.startswith(f"{ID}: skipped, {row}: ")
+    assert "another 1.2" in out
+    assert len(out.splitlines()) == 1
+
+
+# -------------------------------------------------- errors --------------------------------------------------
+
+
+def refused(call, *arguments: str, folder: Path) -> str:
+    """The one line of an error that leaves nothing behind."""
+    status, out, err = call(*arguments)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert not (folder / "cards").exists()
+    return err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "name a dataset"),
+        (["nowhere/at-all-v0"], "minari download nowhere/at-all-v0"),
+        (["reef/pointmaze/umaze-v0"], "make dataset ID=reef/pointmaze/umaze-v0"),
+        (["../outside-v0"], "no Minari id"),
+        ([ID, "nowhere/at-all-v0"], "nowhere/at-all-v0 is not on this machine"),  # and no card of the first
+        (["--check"], "has no cards"),
+        (["--check", ID], f"has no card of {ID}"),
+    ],
+)
+def test_what_is_not_there(words, said, store, call, tmp_path):
+    store([walk(5)])
+    assert said in refused(call, *words, folder=tmp_path)
+
+
+SEEN, DONE = np.zeros((3, 4)), np.zeros((2, 2), np.float32)
+SQUARE = gym.spaces.Box(0, 1, (2, 2), np.float32)
+SPACES = {
+    "actions in Discrete(3)": (None, gym.spaces.Discrete(3), SEEN, np.array([0, 2])),
+    "actions in Box(0.0, 1.0, (2, 2)": (None, SQUARE, SEEN, np.zeros((2, 2, 2), np.float32)),
+    "observations in Box(0.0, 1.0, (2, 2)": (SQUARE, BOX, np.zeros((3, 2, 2), np.float32), DONE),
+    "observations in Discrete(3)": (gym.spaces.Discrete(3), BOX, np.zeros(3, np.int64), DONE),
+}
+
+
+@pytest.mark.parametrize("said", SPACES)
+def test_what_is_no_vector(said, store, call, tmp_path):
+    space, action_space, seen, done = SPACES[said]
+    store([replace(episode(SEEN, done, [0, 0]), observations=seen)], space, action_space)
+    assert said in refused(call, ID, folder=tmp_path)
+
+
+def damage(root: Path, kind: str) -> None:
+    folder = root / ID / "data"
+    if kind == "metadata":
+        (folder / "metadata.json").write_text("{")
+    elif kind == "file":
+        (folder / "main_data.hdf5").write_bytes(b"nothing of HDF5")
+    elif kind in ("steps", "name"):
+        known = json.loads((folder / "metadata.json").read_text())
+        known |= {"steps": {"total_steps": 99}, "name": {"dataset_id": "another/name-v0"}}[kind]
+        (folder / "metadata.json").write_text(json.dumps(known))
+    else:
+        with h5py.File(folder / "main_data.hdf5", "a") as file:
+            if kind == "episode":
+                del file["episode_1"]
+            elif kind == "length":
+                file["episode_1/rewards"].resize((4,))
+            else:
+                file["episode_1/actions"][3] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("metadata", f"minari delete {ID}"),
+        ("file", f"minari delete {ID}"),
+        ("name", "call it another/name-v0"),
+        ("steps", "it has 10 steps, its metadata say 99"),
+        ("episode", f"cannot read {ID}"),
+        ("length", "episode 1 is malformed: 4 steps"),
+        ("nan", "episode 1: actions are not all finite"),
+    ],
+)
+@QUICK
+def test_what_is_damaged(kind, said, store, root, call, tmp_path):
+    store([walk(5), walk(5)])
+    assert call(ID)[0] == 0
+    damage(root, kind)
+    status, _, err = call("--check")  # says so too
+    assert (status, len(err.splitlines())) == (2, 1)
+    shutil.rmtree(tmp_path / "cards")
+    assert said in refused(call, ID, folder=tmp_path)
+
+
+@QUICK
+def test_a_full_disk_leaves_nothing(store, call, tmp_path, monkeypatch):
+    def full(path, content):
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    store([walk(5)])
+    monkeypatch.setattr(Path, "write_bytes", full)
+    status, _, err = call(ID)
+    assert status == 2
+    assert "No space left on device" in err
+    assert files(tmp_path / "cards") == set()
+
+
+def test_the_status_and_the_line_reach_the_shell(root, tmp_path):
+    words = [sys.executable, ROOT / "results/datasets.py", "nowhere-v0", "--output", tmp_path / "cards"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert done.stderr.startswith("datasets.py: nowhere-v0 is not on this machine")
