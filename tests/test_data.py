@@ -54,7 +54,8 @@ def load(script, dataset, actions: gym.Space | None = None, **fields) -> tuple:
     config = script.check_config(script.Config(hidden_dim=4, **fields))
     sizes = script.flat_dim(dataset.observation_space), script.flat_dim(dataset.action_space)
     algorithm = script.Algorithm(config, *sizes, CPU)
-    return algorithm, *script.load_transitions(dataset, actions or dataset.action_space, algorithm)
+    data, _, facts = script.load_transitions(dataset, actions or dataset.action_space, algorithm)
+    return algorithm, data, facts
 
 
 # ---------------------------------------------- transitions ----------------------------------------------
@@ -373,3 +374,19 @@ def test_rows_are_drawn_with_replacement_and_all_alike(td3_bc):
     assert counts.min() > 640 - 5 * 25
     assert counts.max() < 640 + 5 * 25
     assert sum(len(batch.unique()) < 32 for batch in batches) > 1900  # without replacement: never
+
+
+def test_actions_at_a_bound_are_not_clipped(scripts, minari_root):
+    """0.1 as float32 is more than 0.1 as float64: bounds are compared in the actions' type."""
+    space = gym.spaces.Box(-0.1, 0.1, (1,), np.float64)
+    episode = EpisodeBuffer(
+        observations=np.zeros((3, 1)), actions=np.array([[-0.1], [0.1]]), rewards=np.zeros(2),
+        terminations=np.zeros(2, bool), truncations=np.zeros(2, bool), infos={},
+    )
+    spaces = {"observation_space": gym.spaces.Box(-1, 1, (1,)), "action_space": space}
+    minari.create_dataset_from_buffers("test/data/bounds-v0", [episode], data_format="hdf5", **spaces)
+    script, dataset = scripts["bc"], minari.load_dataset("test/data/bounds-v0")
+    algorithm = script.Algorithm(script.Config(dataset=dataset.id), 1, 1, torch.device("cpu"))
+    data, _, facts = script.load_transitions(dataset, space, algorithm)
+    assert facts["clipped_actions"] == 0
+    assert data["actions"].flatten().tolist() == [-1, 1]

@@ -102,7 +102,7 @@ def learn(script, dataset: minari.MinariDataset, seed: int, updates: int, **fiel
     config = script.Config(seed=seed, updates=updates, **{**small, **fields})
     torch.manual_seed(seed)
     algorithm = script.Algorithm(config, 1, 1, torch.device("cpu"))
-    data, _ = script.load_transitions(dataset, Corridor.action_space, algorithm)
+    data, _, _ = script.load_transitions(dataset, Corridor.action_space, algorithm)
     batches = script.draw_batches(data, config.batch_size, seed, 0)
     for _ in range(updates):
         algorithm.update(next(batches))

@@ -65,8 +65,8 @@ MAZES = {  # Gymnasium id and the goal that D4RL rewards, a free cell (row, colu
     "large-stitch": ("PointMaze_Large-v3", (7, 9)),
 }
 # Columns of the stitching form. Shortest ways between cells of a half stay in it, and so does the planner.
-HALVES = range(1, 7), range(6, 11)
-FAR = range(1, 5)  # where evaluation starts
+HALVES = (1, 2, 3, 4, 5, 6), (6, 7, 8, 9, 10)
+FAR = (1, 2, 3, 4)  # where evaluation starts
 
 
 def limit(default, low: float = -math.inf, high: float = math.inf, choices: tuple = ()):

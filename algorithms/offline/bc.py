@@ -286,7 +286,7 @@ class Units(nn.Module):
         return (self.low + (actions + 1) / 2 * (self.high - self.low)).cpu().numpy()
 
 
-def load_transitions(dataset: minari.MinariDataset, space: gym.Space, algorithm, hold_out: bool) -> tuple:
+def load_transitions(dataset: minari.MinariDataset, space: gym.Space, algorithm, hold_out=False) -> tuple:
     """Transitions to learn from, those of held-out episodes, and what to record of them; sets the units.
 
     Both are in the learner's units on its device: observations and next_observations [N, obs_dim], actions
@@ -330,7 +330,7 @@ def load_transitions(dataset: minari.MinariDataset, space: gym.Space, algorithm,
     data = {key: np.concatenate([column[i] for i in order]) for key, column in parts.items()}
 
     extremes = data["actions"][:count].min(0), data["actions"][:count].max(0)
-    low, high = (np.where(np.isfinite(bound), bound, extreme)
+    low, high = (np.where(np.isfinite(bound), bound, extreme).astype(np.float32)
                  for bound, extreme in zip((space.low, space.high), extremes))
     clipped = float(((data["actions"] < low) | (data["actions"] > high)).mean())
     print(f"{clipped:.2%} of the action entries lie outside the action bounds and are clipped to them")
