@@ -199,7 +199,7 @@ SPACES = {
     "plain": (TREE, BOX),
 }
 WANTED = {
-    "discrete-actions": ["Discrete(3)", "algorithms/discrete/"],
+    "discrete-actions": ["Discrete(3)", "vectors (Box)", "none here takes choices yet"],
     "images": ["(8, 8, 3)", "vectors (Box)"],
     "bits": ["MultiBinary(3)", "vectors (Box)"],
     "dict-actions": ["Dict('x'", "vectors (Box)"],

@@ -637,7 +637,7 @@ def test_a_failure_is_noted(main, tmp_path, monkeypatch):
     ("fields", "words"),
     [
         ({"environment": "Hoper-v5"}, "cannot make Hoper-v5"),
-        ({"environment": "CartPole-v1"}, "not for Discrete(2): use one of algorithms/discrete/"),
+        ({"environment": "CartPole-v1"}, "not for Discrete(2): it takes vectors (Box); none here takes"),
         ({"environment": "ReefPicture-v0"}, "it takes vectors"),
         ({"environment": "ReefBoundless-v0"}, "have no bounds"),
         ({"buffer_size": 10**13}, "GB are free"),

@@ -261,9 +261,8 @@ def flat_dim(space: gym.Space, dicts: bool = True) -> int:
     """Length of the vector that `flatten` makes of an element of `space`."""
     for leaf in leaves(space) if dicts else [space]:
         if not isinstance(leaf, gym.spaces.Box) or len(leaf.shape) != 1:
-            discrete = isinstance(leaf, gym.spaces.Discrete)
-            advice = "use one of algorithms/discrete/" if discrete else "it takes vectors (Box)"
-            raise UserError(f"this script is not for {leaf}: {advice}")
+            advice = "; none here takes choices yet" * isinstance(leaf, gym.spaces.Discrete)
+            raise UserError(f"this script is not for {leaf}: it takes vectors (Box){advice}")
     return sum(leaf.shape[0] for leaf in leaves(space))
 
 
