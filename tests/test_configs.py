@@ -136,7 +136,7 @@ def test_the_table_of_references():
         assert row["dataset"].startswith("D4RL/pointmaze/") == ("unchecked" in row["source"])
 
 
-@pytest.mark.parametrize("algorithm", ["bc", "td3_bc", "iql"])
+@pytest.mark.parametrize("algorithm", sorted(path.stem for path in (ROOT / "algorithms/offline").glob("*.py")))
 def test_every_dataset_has_its_config(algorithm):
     here = [file for file in LEARNERS if file.startswith(f"configs/offline/{algorithm}/")]
     plain = [read(file)["dataset"] for file in here if "variant" not in read(file)]
