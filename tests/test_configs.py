@@ -22,6 +22,7 @@ MAZES.append("reef/pointmaze/large-stitch-v0")
 LEVELS = ("random", "medium", "medium-replay", "medium-expert", "expert", "expert-narrow")
 BODIES = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
 WALKERS = [f"reef/{body}/{level}-v0" for body in BODIES for level in LEVELS]
+ALGORITHMS = sorted(path.stem for path in (ROOT / "algorithms/offline").glob("*.py"))
 MAX_LINES = 8
 
 
@@ -136,7 +137,7 @@ def test_the_table_of_references():
         assert row["dataset"].startswith("D4RL/pointmaze/") == ("unchecked" in row["source"])
 
 
-@pytest.mark.parametrize("algorithm", sorted(path.stem for path in (ROOT / "algorithms/offline").glob("*.py")))
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_dataset_has_its_config(algorithm):
     here = [file for file in LEARNERS if file.startswith(f"configs/offline/{algorithm}/")]
     plain = [read(file)["dataset"] for file in here if "variant" not in read(file)]
