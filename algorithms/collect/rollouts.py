@@ -101,10 +101,10 @@ class TanhGaussianActor(nn.Module):
         mean, log_std = self.net(observations).chunk(2, -1)
         return mean, log_std.clamp(-5, 2)
 
-    def sample(self, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions [..., act_dim] in [-1, 1], with gradients, and their log densities [...]."""
+    def sample(self, observations: Tensor, *count: int) -> tuple[Tensor, Tensor]:
+        """Actions [*count, ..., act_dim] in [-1, 1], with gradients, and log densities [*count, ...]."""
         mean, log_std = self(observations)
-        noise = torch.randn_like(mean)
+        noise = torch.randn_like(mean.expand(*count, *mean.shape))
         x = mean + log_std.exp() * noise
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
         log_slope = 2 * (math.log(2) - x - nn.functional.softplus(-2 * x))  # of tanh: log(1 - tanh(x)^2)

@@ -1,0 +1,595 @@
+"""algorithms/offline/cql.py: every loss term against NumPy calculations written from the paper's equations,
+numbers in closed form, what an update moves, resuming, and a problem with a known answer.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, load_script, short
+from test_learning import OPTIMUM, learn, store, walk
+from torch import nn
+
+OBS, ACT, N = 3, 2, 2  # N: sampled actions of each kind
+CPU = torch.device("cpu")
+cql = load_script("offline/cql.py")
+pytestmark = pytest.mark.filterwarnings("ignore:.*(is set to None|env_spec is None)")  # Minari's advice
+
+# Three transitions: an ordinary one, a terminated one, and one cut by a time limit, which is not terminated.
+BATCH = {
+    "observations": [[0.5, -1.0, 0.3], [-0.7, 0.2, 1.1], [1.4, 0.6, -0.9]],
+    "actions": [[0.4, -0.6], [-0.9, 0.8], [0.1, 0.3]],
+    "rewards": [1.5, -2.0, 0.25],
+    "next_observations": [[0.9, 1.2, -0.4], [0.3, -0.8, 0.6], [-1.1, 0.7, 1.3]],
+    "terminations": [0.0, 1.0, 0.0],
+}
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    return {key: torch.tensor(rows) for key, rows in BATCH.items()}
+
+
+@pytest.fixture
+def rows() -> dict[str, np.ndarray]:
+    return {key: np.array(rows) for key, rows in BATCH.items()}
+
+
+def make(**fields):
+    """CQL with small networks of fixed weights; the target's differ from the critic's. alpha is 0.3."""
+    fields = {"hidden_dim": 4, "hidden_layers": 2, "cql_actions": N, **fields}
+    algorithm = cql.CQL(cql.Config(**fields), OBS, ACT, CPU)
+    rng = np.random.default_rng(4)  # so that each critic is the smaller one in some row
+    for network in (algorithm.actor, algorithm.critic, algorithm.target_critic):
+        for weight in network.parameters():
+            weight.data = torch.tensor(rng.normal(scale=0.7, size=weight.shape), dtype=torch.float32)
+    algorithm.temperature.log.data.fill_(math.log(0.3))
+    return algorithm
+
+
+def weights(network: nn.Module) -> list[np.ndarray]:
+    """Float64 copies: W [out, in], b [out] of each layer; W [E, in, out], b [E, 1, out] of an ensemble's."""
+    return [weight.detach().numpy().astype(np.float64) for weight in network.parameters()]
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    """draws(normal, uniform): what the script draws next, one normal array after the other."""
+
+    def give(normal: list[np.ndarray], uniform: np.ndarray | None = None) -> None:
+        queue = iter(normal)
+
+        def next_normal(like):
+            numbers = torch.tensor(next(queue), dtype=torch.float32)
+            assert numbers.shape == like.shape
+            return numbers
+
+        def next_uniform(like):
+            assert uniform.shape == like.shape
+            return torch.tensor(uniform, dtype=torch.float32)
+
+        monkeypatch.setattr(torch, "randn_like", next_normal)
+        monkeypatch.setattr(torch, "rand_like", next_uniform)
+
+    return give
+
+
+# ---------------------------------------- the networks again, in NumPy --------------------------------------
+
+
+def perceptron(layers: list[np.ndarray], x: np.ndarray) -> np.ndarray:
+    """ReLU between the layers, none after the last: [B, in] -> [B, out]."""
+    for number in range(0, len(layers), 2):
+        x = x @ layers[number].T + layers[number + 1]
+        if number < len(layers) - 2:
+            x = np.maximum(x, 0)
+    return x
+
+
+def policy(layers: list[np.ndarray], observations: np.ndarray, noise: np.ndarray):
+    """Actions [B, A] made of standard normal `noise`, and their density [B].
+
+    The density of a = tanh(x) is that of x divided by da/dx = 1 - a^2.
+    """
+    outputs = perceptron(layers, observations)
+    mean, std = outputs[:, :ACT], np.exp(np.minimum(np.maximum(outputs[:, ACT:], -5), 2))
+    x = mean + std * noise
+    density = np.exp(-((x - mean) ** 2) / (2 * std**2)) / np.sqrt(2 * np.pi * std**2)
+    return np.tanh(x), np.prod(density / (1 - np.tanh(x) ** 2), axis=1)
+
+
+def q_values(layers: list[np.ndarray], observations: np.ndarray, actions: np.ndarray) -> np.ndarray:
+    """Q_1 and Q_2 [2, B]."""
+    inputs, results = np.concatenate([observations, actions], axis=1), []
+    for member in range(2):
+        own = [layer[member].T if layer.shape[1] > 1 else layer[member][0] for layer in layers]
+        results.append(perceptron(own, inputs)[:, 0])
+    return np.stack(results)
+
+
+def slopes(loss, layers: list[np.ndarray], step: float = 1e-6) -> list[np.ndarray]:
+    """Central differences of loss(layers) in every weight."""
+    results = []
+    for layer in layers:
+        result = np.empty_like(layer)
+        for index in np.ndindex(layer.shape):
+            kept = layer[index]
+            layer[index] = kept + step
+            above = loss(layers)
+            layer[index] = kept - step
+            below = loss(layers)
+            layer[index] = kept
+            result[index] = (above - below) / (2 * step)
+        results.append(result)
+    return results
+
+
+def assert_gradient(ours: list[torch.Tensor], oracle, layers: list[np.ndarray]) -> None:
+    expected = slopes(oracle, layers)
+    assert max(np.abs(slope).max() for slope in expected) > 1e-2
+    for left, right in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(left.numpy(), right, rtol=1e-3, atol=1e-4)
+
+
+def assert_loss_and_gradient(loss: torch.Tensor, network: nn.Module, oracle, others: list[nn.Module]) -> None:
+    """`loss` is oracle(weights of network), and so is its gradient; it has none for the other networks."""
+    layers = weights(network)
+    assert loss.item() == pytest.approx(oracle(layers), rel=1e-5)
+    ours = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True)
+    assert_gradient(ours, oracle, layers)
+    for other in others:
+        leaked = torch.autograd.grad(loss, list(other.parameters()), retain_graph=True, allow_unused=True)
+        assert all(gradient is None for gradient in leaked)
+
+
+# ---------------------------------------- the critic's loss ----------------------------------------
+
+
+class Draws:
+    """The random numbers of a critic's loss, and what NumPy makes of them for fixed actor and target."""
+
+    def __init__(self, algorithm, rows, target_actions: int, seed: int = 5):
+        rng, self.rows = np.random.default_rng(seed), rows
+        self.target = rng.normal(size=(target_actions, 3, ACT))
+        self.policies = rng.normal(size=(N, 2, 3, ACT))  # those of s and of s'
+        self.uniform = rng.uniform(size=(N, 1, 3, ACT))
+        actor, target = weights(algorithm.actor), weights(algorithm.target_critic)
+
+        table = []  # Q'_i(s', a') [target_actions, 2, B]
+        for noise in self.target:
+            actions = policy(actor, rows["next_observations"], noise)[0]
+            table.append(q_values(target, rows["next_observations"], actions))
+        self.next_q = np.array(table)
+        self.candidates = []  # (actions [B, A], their density [B]), 3N of them
+        for number in range(N):
+            self.candidates.append((2 * self.uniform[number, 0] - 1, np.full(3, 0.5**ACT)))
+            for kind, key in enumerate(("observations", "next_observations")):
+                self.candidates.append(policy(actor, rows[key], self.policies[number, kind]))
+
+    def errors(self, layers, discount: float) -> np.ndarray:
+        """Mean squared errors of the two critics [2]; the value of s' is the best a' by the lesser critic."""
+        best = self.next_q.min(axis=1).max(axis=0)
+        target = self.rows["rewards"] + discount * np.where(self.rows["terminations"] == 1, 0, best)
+        q = q_values(layers, self.rows["observations"], self.rows["actions"])
+        return np.mean((q - target) ** 2, axis=1)
+
+    def gaps(self, layers, temperature: float) -> np.ndarray:
+        """G_i [2]: T log of the sum of (exp Q / density)^(1 / T), less Q of the data; all of it in s."""
+        total = np.zeros((2, 3))
+        for actions, density in self.candidates:
+            q = q_values(layers, self.rows["observations"], actions)
+            total += (np.exp(q) / density) ** (1 / temperature)
+        data = q_values(layers, self.rows["observations"], self.rows["actions"])
+        return np.mean(temperature * np.log(total) - data, axis=1)
+
+
+@pytest.mark.parametrize("max_target_backup", [False, True])
+@pytest.mark.parametrize("fields", [
+    {"cql_weight": 0.0},  # SAC without entropy in the target
+    {"cql_weight": 3.0},
+    {"cql_weight": 1.0, "cql_temperature": 0.4},
+    {"cql_weight": 2.0, "lagrange_gap": 1.5},
+])  # fmt: skip
+def test_critic_loss(batch, rows, draws, fields, max_target_backup):
+    """(1), (2), (6) and the first half of (7). The square is not halved; no gradient reaches the actor."""
+    algorithm = make(discount=0.9, max_target_backup=max_target_backup, **fields)
+    drawn = Draws(algorithm, rows, N if max_target_backup else 1)
+    temperature, threshold = fields.get("cql_temperature", 1.0), fields.get("lagrange_gap", 0.0)
+    weight = fields["cql_weight"] * (math.e if threshold else 1)
+
+    def oracle(layers):
+        return np.sum(drawn.errors(layers, 0.9) + weight * (drawn.gaps(layers, temperature) - threshold))
+
+    draws([drawn.target, drawn.policies], drawn.uniform)
+    loss, metrics = algorithm.critic_loss(batch)
+    others = [algorithm.actor, algorithm.target_critic, algorithm.temperature, algorithm.multiplier]
+    assert_loss_and_gradient(loss, algorithm.critic, oracle, others)
+    layers = weights(algorithm.critic)
+    assert metrics["critic/gap"].item() == pytest.approx(drawn.gaps(layers, temperature).mean(), rel=1e-5)
+    q = q_values(layers, rows["observations"], rows["actions"])
+    assert metrics["critic/q_mean"].item() == pytest.approx(q.mean(), rel=1e-5)
+
+
+def test_without_weight_there_is_no_entropy_in_the_target(batch):
+    """(1) does not know alpha, as the target of SAC does."""
+    losses = []
+    for alpha in (0.01, 10.0):
+        algorithm = make(cql_weight=0.0)
+        algorithm.temperature.log.data.fill_(math.log(alpha))
+        torch.manual_seed(0)
+        losses.append(algorithm.critic_loss(batch)[0].item())
+    assert losses[0] == losses[1]
+
+
+class Table(nn.Module):
+    """Stands in for a critic: Q_1 and Q_2 of an action are looked up by its first entry."""
+
+    def __init__(self, values: dict[float, tuple[float, float]]):
+        super().__init__()
+        self.values = values
+
+    def forward(self, observations, actions):
+        return torch.tensor([self.values[round(float(action[0]), 1)] for action in actions]).T
+
+
+def test_max_target_backup_is_the_best_action_by_the_lesser_critic(batch, rows):
+    """Q' is (5, 1) for one action and (2, 4) for the other: 2, not the lesser of the best, 4."""
+    algorithm = make(cql_weight=0.0, max_target_backup=True, discount=0.5)
+    algorithm.target_critic = Table({0.1: (5.0, 1.0), 0.2: (2.0, 4.0)})
+    sample = algorithm.actor.sample
+
+    def two_actions(observations, *count):
+        if observations.ndim == 3:  # of (6)
+            return sample(observations, *count)
+        return torch.tensor([[[0.1] * ACT] * 3, [[0.2] * ACT] * 3]), torch.zeros(N, 3)
+
+    algorithm.actor.sample = two_actions
+    target = rows["rewards"] + 0.5 * 2.0 * (1 - rows["terminations"])
+    q = q_values(weights(algorithm.critic), rows["observations"], rows["actions"])
+    loss = algorithm.critic_loss(batch)[0].item()
+    assert loss == pytest.approx(np.mean((q - target) ** 2, axis=1).sum(), rel=1e-5)
+
+
+# ---------------------------------------- numbers in closed form ----------------------------------------
+
+
+class Constant(nn.Module):
+    """Q(s, a) = c for all."""
+
+    def __init__(self, c: float):
+        super().__init__()
+        self.c = nn.Parameter(torch.tensor(c))
+
+    def forward(self, observations, actions):
+        return self.c.expand(2, len(actions))
+
+
+@pytest.mark.parametrize("c", [0.0, -7.0, 40.0])
+def test_gap_of_equal_values(c):
+    """Three action entries, ten actions of each kind, a policy as dense as the uniform: ln 30 + 3 ln 2."""
+    algorithm = cql.CQL(cql.Config(hidden_dim=4), OBS, 3, CPU)
+    algorithm.critic = Constant(c)
+    sample = algorithm.actor.sample
+    algorithm.actor.sample = lambda observations, *count: (
+        sample(observations, *count)[0],
+        torch.full((*count, *observations.shape[:-1]), -3 * math.log(2)),
+    )
+    batch = {key: torch.zeros(5, 3) for key in ("observations", "next_observations", "actions")}
+    batch |= {"rewards": torch.zeros(5), "terminations": torch.ones(5)}
+    metrics = algorithm.critic_loss(batch)[1]
+    assert metrics["critic/gap"].item() == pytest.approx(5.480639, abs=1e-5)
+    assert metrics["critic/loss"].item() == pytest.approx(2 * (c**2 + 10 * 5.480639), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("count", "density", "gap"),
+    [
+        (30, 0.5**3, 5.480639),  # importance-sampled: 30 entries of |A| = 3
+        (10, 0.5**3, 4.382027),  # its uniform part alone
+        (31, 1.0, 3.433987),  # the plain form: no densities, and Q of the data's own among the entries
+    ],
+)
+def test_gap_of_equal_values_by_form(count, density, gap):
+    algorithm = make()
+    q, q_b = torch.full((2, 4), 2.5), torch.full((2, count, 1, 4), 2.5)
+    log_p = torch.full((count, 1, 4), math.log(density))
+    assert algorithm.gap(q, q_b, log_p).tolist() == pytest.approx([gap, gap], abs=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_temperature_is_inside_and_outside_of_the_sum(temperature):
+    """T log (n exp(c / T)) = c + T ln n; densities are divided by T too."""
+    algorithm = make(cql_temperature=temperature)
+    q, q_b = torch.zeros(2, 4), torch.full((2, 6, 5, 4), 1.7)
+    log_p = torch.full((6, 5, 4), 0.9)
+    expected = 1.7 - 0.9 + temperature * math.log(30)
+    assert algorithm.gap(q, q_b, log_p).tolist() == pytest.approx([expected] * 2, rel=1e-5)
+
+
+def test_the_gradients_of_the_gap_over_all_values_sum_to_zero():
+    """What the data's action is raised by, the others are lowered by: by their shares of the soft maximum."""
+    algorithm, rng = make(cql_temperature=0.6), np.random.default_rng(0)
+    values = [rng.normal(size=shape) for shape in ((2, 4), (2, 5, 3, 4), (5, 3, 4))]
+    q, q_b, log_p = (torch.tensor(value, requires_grad=True) for value in values)
+    own, others = torch.autograd.grad(algorithm.gap(q, q_b, log_p).sum(), (q, q_b))
+    np.testing.assert_allclose(own, -1 / 4, rtol=1e-6)  # a mean over four states
+    np.testing.assert_allclose(own + others.sum((1, 2)), 0, atol=1e-12)
+    shares = np.exp((values[1] - values[2]) / 0.6)
+    np.testing.assert_allclose(others, shares / shares.sum((1, 2), keepdims=True) / 4, rtol=1e-6)
+
+
+def test_the_gradients_of_the_plain_form_sum_to_zero_too():
+    """There the data's own value is among the others: it is raised by 1 less its share."""
+    algorithm = make()
+    q = torch.tensor([[0.3, -1.0]], requires_grad=True)
+    q_b = torch.tensor([[[[1.0, 0.0]], [[-2.0, 0.5]]]], requires_grad=True)  # [1, 2, 1, 2]
+    both = torch.cat([q_b, q[:, None, None]], 1)
+    own, others = torch.autograd.grad(algorithm.gap(q, both, torch.zeros(3, 1, 2)).sum(), (q, q_b))
+    np.testing.assert_allclose(own + others.sum((1, 2)), 0, atol=1e-6)
+    share = np.exp(0.3) / (np.exp(0.3) + np.exp(1.0) + np.exp(-2.0))
+    assert own[0, 0].item() == pytest.approx((share - 1) / 2, rel=1e-5)
+
+
+# ---------------------------------------- Lagrange multiplier ----------------------------------------
+
+
+def test_at_its_threshold_the_penalty_is_zero_and_the_multiplier_stays(batch):
+    """It starts at e = 2.7183 and is there after updates in which the gap is the one to keep."""
+    losses, algorithm = [], make()
+    torch.manual_seed(0)
+    gap = algorithm.critic_loss(batch)[1]["critic/gap"].item()
+    for fields in ({"cql_weight": 0.0}, {"cql_weight": 5.0, "lagrange_gap": gap}):
+        algorithm = make(**fields)
+        torch.manual_seed(0)
+        losses.append(algorithm.critic_loss(batch)[0].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+    critic_loss = algorithm.critic_loss
+    told = {"critic/gap": torch.tensor(gap)}
+    algorithm.critic_loss = lambda batch: (critic_loss(batch)[0], critic_loss(batch)[1] | told)
+    for _ in range(3):
+        algorithm.update(batch)
+    assert algorithm.multiplier().item() == pytest.approx(math.e, rel=1e-6)
+
+
+@pytest.mark.parametrize(("above", "sign"), [(0.5, 1), (-2.0, -1)])
+def test_multiplier_gradient(batch, above, sign):
+    """(7): -e w (G - g) on its logarithm; a gap too large makes it grow, one too small makes it shrink."""
+    algorithm = make(cql_weight=3.0, lagrange_gap=1.5)
+    critic_loss, told = algorithm.critic_loss, {"critic/gap": torch.tensor(1.5 + above)}
+    algorithm.critic_loss = lambda batch: (critic_loss(batch)[0], critic_loss(batch)[1] | told)
+    algorithm.update(batch)
+    assert algorithm.multiplier.log.grad.item() == pytest.approx(-math.e * 3 * above, rel=1e-5)
+    assert np.sign(algorithm.multiplier().item() - math.e) == sign
+
+
+def test_the_multiplier_is_at_most_a_million(batch):
+    penalties = []
+    for log in (math.log(1e6), 20.0):
+        algorithm = make(cql_weight=1.0, lagrange_gap=-1.0)
+        algorithm.multiplier.log.data.fill_(log)
+        torch.manual_seed(0)
+        penalties.append(algorithm.critic_loss(batch)[0].item())
+    assert penalties[0] == pytest.approx(penalties[1], rel=1e-5)
+    assert penalties[0] > 1e6
+
+
+def test_without_a_gap_the_multiplier_is_one_for_good(batch):
+    algorithm = make()
+    assert [algorithm.update(batch)["critic/multiplier"].item() for _ in range(3)] == [1, 1, 1]
+    assert algorithm.multiplier_optimizer.state_dict()["state"] == {}
+
+
+# ---------------------------------------- actor and temperature ----------------------------------------
+
+
+def actor_oracle(algorithm, rows, noise: np.ndarray):
+    """(3) as a function of the actor's layers, with the critic as it is now."""
+    critic, alpha = weights(algorithm.critic), algorithm.temperature().item()
+
+    def oracle(layers):
+        actions, density = policy(layers, rows["observations"], noise)
+        return np.mean(alpha * np.log(density) - np.minimum(*q_values(critic, rows["observations"], actions)))
+
+    return oracle
+
+
+def test_actor_loss(batch, rows, draws):
+    algorithm, noise = make(), np.random.default_rng(6).normal(size=(3, ACT))
+    actions, density = policy(weights(algorithm.actor), rows["observations"], noise)
+    q = q_values(weights(algorithm.critic), rows["observations"], actions)
+    assert len({*np.sign(q[0] - q[1])}) == 2  # each is the smaller one in some row
+    draws([noise])
+    loss, metrics = algorithm.actor_loss(batch)
+    others = [algorithm.target_critic, algorithm.temperature, algorithm.multiplier]
+    assert_loss_and_gradient(loss, algorithm.actor, actor_oracle(algorithm, rows, noise), others)
+    assert metrics["actor/entropy"].item() == pytest.approx(-np.log(density).mean(), rel=1e-5)
+
+
+def test_the_first_update_already_descends_the_actors_loss_on_the_new_critic(batch, rows, draws):
+    """(3) comes after (2), and no imitation before it."""
+    algorithm, noise = make(critic_lr=0.1), np.random.default_rng(6).normal(size=(3, ACT))
+    before, drawn = weights(algorithm.actor), Draws(algorithm, rows, 1)
+    draws([drawn.target, drawn.policies, noise], drawn.uniform)
+    alpha = algorithm.temperature.log.data.clone()
+    algorithm.update(batch)
+    algorithm.temperature.log.data = alpha  # as it was for the actor
+    gradient = [weight.grad for weight in algorithm.actor.parameters()]
+    assert_gradient(gradient, actor_oracle(algorithm, rows, noise), before)
+
+
+@pytest.mark.parametrize(("entropy", "sign"), [(-ACT, 0), (-ACT + 0.5, 1), (-ACT - 0.5, -1), (3.0, 1)])
+def test_temperature_gradient(batch, entropy, sign):
+    """(4): the surplus of entropy over -|A|. Too much entropy makes it cheaper, too little dearer."""
+    algorithm = make()
+    actor_loss, told = algorithm.actor_loss, {"actor/entropy": torch.tensor(float(entropy))}
+    algorithm.actor_loss = lambda batch: (actor_loss(batch)[0], told)
+    before = algorithm.temperature().item()
+    metrics = algorithm.update(batch)
+    assert algorithm.temperature.log.grad.item() == pytest.approx(entropy + ACT)
+    assert np.sign(before - metrics["actor/temperature"].item()) == sign
+
+
+@pytest.mark.parametrize("count", [(), (2,), (2, 3)])
+@pytest.mark.parametrize(("mean", "log_std"), [(0.8, -1.5), (-1.2, 0.5), (0.3, -9.0), (0.0, 9.0)])
+def test_the_density_of_the_actions_integrates_to_one(monkeypatch, mean, log_std, count):
+    """Over (-1, 1), whatever the Gaussian; a deviation outside [e^-5, e^2] is brought there."""
+    actor = cql.TanhGaussianActor(1, 1, 4, 1)
+    actor.net = nn.Identity()  # the observation is the mean and the log of the deviation
+    x, std = np.linspace(-16, 16, 50_001), math.exp(min(max(log_std, -5), 2))
+    noise = torch.tensor((x - mean) / std, dtype=torch.float64)[:, None].expand(*count, -1, -1)
+    monkeypatch.setattr(torch, "randn_like", lambda tensor: noise)
+    inputs = torch.tensor([[mean, log_std]], dtype=torch.float64).expand(len(x), 2)
+    actions, log_prob = actor.sample(inputs, *count)
+    assert (actions.shape, log_prob.shape) == ((*count, len(x), 1), (*count, len(x)))
+    np.testing.assert_allclose(actions[..., 0], np.broadcast_to(np.tanh(x), log_prob.shape), atol=1e-12)
+    areas = np.trapezoid(np.exp(log_prob.numpy()), np.tanh(x))
+    covered = 0.5 * (math.erf((16 - mean) / std / 2**0.5) + math.erf((16 + mean) / std / 2**0.5))
+    np.testing.assert_allclose(areas, covered, rtol=2e-3)
+    assert np.ptp(log_prob.numpy()) > 1  # it depends on the action
+
+
+def test_many_samples_of_one_pass():
+    """Independent ones, of the same Gaussians; without a count the numbers are those of one normal draw."""
+    actor, observations = make().actor, torch.tensor(BATCH["observations"])
+    torch.manual_seed(3)
+    actions, log_prob = actor.sample(observations)
+    mean, log_std = actor(observations)
+    torch.manual_seed(3)
+    assert torch.equal(actions, torch.tanh(mean + log_std.exp() * torch.randn_like(mean)))
+    many, log_probs = actor.sample(observations, 20_000)
+    x = torch.atanh(many.double().clamp(-1 + 1e-7, 1 - 1e-7))
+    spread = log_std.exp().detach()
+    narrow = (mean.abs() + 4 * spread < 7).detach()  # where float32's tanh is not yet 1
+    assert narrow.any()
+    np.testing.assert_allclose(((x.mean(0) - mean) / spread)[narrow].detach(), 0, atol=0.05)
+    np.testing.assert_allclose((x.std(0) / spread)[narrow].detach(), 1, atol=0.05)
+    assert log_probs.shape == (20_000, 3)
+    assert log_prob.shape == (3,)
+
+
+def test_the_mean_acts(batch):
+    algorithm = make()
+    bounds = {"low": torch.tensor([-2.0, 0.0]), "high": torch.tensor([2.0, 10.0])}
+    algorithm.units.load_state_dict(bounds | {"mean": torch.ones(OBS), "std": torch.full((OBS,), 2.0)})
+    observations = np.array(BATCH["observations"])
+    mean = perceptron(weights(algorithm.actor), (observations - 1) / 2)[:, :ACT]
+    expected = np.array([-2.0, 0.0]) + (np.tanh(mean) + 1) / 2 * np.array([4.0, 10.0])
+    np.testing.assert_allclose(algorithm.act(observations), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(algorithm.act(observations[0]), expected[0], rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------- updates and runs ----------------------------------------
+
+
+@pytest.mark.parametrize("frozen", ["actor", "critic"])
+def test_each_optimizer_moves_its_own_networks_only(batch, frozen):
+    """The temperature goes at the actor's rate, the multiplier at the critic's."""
+    algorithm, partner = make(lagrange_gap=1.0, **{f"{frozen}_lr": 0.0}), {"actor": "temperature"}
+    still = {frozen, partner.get(frozen, "multiplier")}
+    names = ("actor", "critic", "temperature", "multiplier")
+    before = {name: weights(getattr(algorithm, name)) for name in names}
+    algorithm.update(batch)
+    for name, old in before.items():
+        moved = any(np.any(a != b) for a, b in zip(weights(getattr(algorithm, name)), old))
+        assert moved == (name not in still), name
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_target_is_the_exact_moving_average(batch, compiled):
+    """After five updates; compiled they are the same as eager."""
+    fields = {"tau": 0.1, "lagrange_gap": 1.0, "max_target_backup": True}
+    algorithm, eager = make(**fields), make(**fields)
+    if compiled and not cql.compile_losses(algorithm, CPU):
+        pytest.skip("no C++ compiler")
+    average = weights(algorithm.target_critic)
+    for step in range(5):
+        torch.manual_seed(step)
+        ours = algorithm.update(batch)
+        torch.manual_seed(step)
+        theirs = eager.update(batch)
+        assert {k: float(v) for k, v in ours.items()} == pytest.approx(
+            {k: float(v) for k, v in theirs.items()}, rel=1e-4, abs=1e-5
+        )
+        average = [0.9 * old + 0.1 * new for old, new in zip(average, weights(algorithm.critic))]
+    for ours, oracle in zip(weights(algorithm.target_critic), average):
+        np.testing.assert_allclose(ours, oracle, rtol=1e-5, atol=1e-6)
+
+
+def equal(one, other) -> bool:
+    """Trees of Dicts, lists and tensors, bit for bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_an_interrupted_run_ends_in_the_same_bits(call, pendulum, tmp_path, monkeypatch):
+    """With a multiplier, which is in the checkpoint and is not what it was at first."""
+    fields = {"lagrange_gap": 2.0, "cql_actions": 3, "critic_lr": 0.01}
+    folders = [tmp_path / name / f"offline/cql/{pendulum}/default/seed-0" for name in ("whole", "torn")]
+    assert call("cql", *short(pendulum, tmp_path / "whole", **fields))[0] == 0
+    update = cql.CQL.update
+
+    def mortal(algorithm, batch):
+        if algorithm.updates == 33:
+            raise KeyboardInterrupt
+        return update(algorithm, batch)
+
+    monkeypatch.setattr(cql.CQL, "update", mortal)
+    assert call("cql", *short(pendulum, tmp_path / "torn", **fields))[0] == 130
+    monkeypatch.setattr(cql.CQL, "update", update)
+    status, out, _ = call("cql", *short(pendulum, tmp_path / "torn", **fields))
+    assert (status, "resumed at update 20" in out) == (0, True)
+    one, other = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in folders)
+    assert equal(one["state"], other["state"])
+    assert equal(one["rng"], other["rng"])
+    assert len({(folder / "evaluations.csv").read_bytes() for folder in folders}) == 1
+    assert set(one["state"]) == {"units", "actor", "critic", "target_critic", "temperature", "multiplier"} | {
+        f"{name}_optimizer" for name in ("actor", "critic", "temperature", "multiplier")
+    }
+    assert abs(one["state"]["multiplier"]["log"].item() - 1) > 0.01
+    assert json.loads((folders[0] / "run.json").read_text())["status"] == "finished"
+    policy = cql.load(str(folders[1]))
+    assert policy.multiplier.log.item() == one["state"]["multiplier"]["log"].item()
+    assert policy.act([1.0, 0.0, 0.5]).shape == (1,)
+
+
+@pytest.fixture(scope="module")
+def steps(minari_root):
+    """Wanders through the corridor of tests/test_learning.py, in steps of all lengths."""
+    return store("test/corridor/cql-v0", [walk(seed, shortest=0.0) for seed in range(200)])
+
+
+def test_it_finds_the_door_where_imitation_goes_nowhere(scripts, steps):
+    """Nearly straight: about a step more than the optimum, where the way into the trap returns -10."""
+    assert learn(scripts["bc"], steps, 0, 200) < 4 * OPTIMUM
+    fields = {"cql_weight": 0.5, "cql_actions": 3, "hidden_layers": 2}
+    assert learn(cql, steps, 0, 700, **fields) >= OPTIMUM - 1.5
+
+
+# ---------------------------------------- configs ----------------------------------------
+
+
+def test_configs_have_the_published_settings_of_their_domain():
+    """CORL's: w 10 and small steps of the actor, but for the hands; a Lagrange multiplier in the mazes."""
+    files = sorted((ROOT / "configs/offline/cql").rglob("*.yaml"))
+    sibling = ROOT / "configs/offline/td3_bc"
+    assert [f.relative_to(ROOT / "configs/offline/cql") for f in files] == [
+        f.relative_to(sibling) for f in sorted(sibling.rglob("*.yaml"))
+    ]
+    for file in files:
+        config = cql.Config(**yaml.safe_load(file.read_text()))
+        dataset = config.dataset
+        hand = dataset.startswith("D4RL/") and "pointmaze" not in dataset
+        expected = (1.0, 1e-4) if hand else (10.0, 3e-5)
+        assert (config.cql_weight, config.actor_lr, config.critic_lr) == (*expected, 3e-4), file
+        assert config.lagrange_gap == (5.0 if "pointmaze" in dataset else None), file
+        assert config.normalize_rewards == (Path(dataset).parts[-2:] == ("hopper", "medium-v0")), file
+        assert (config.hidden_layers, config.hidden_dim, config.cql_actions) == (3, 256, 10)
+        assert (config.normalize_states, config.max_target_backup) == (True, False)
