@@ -15,8 +15,9 @@ arXiv:1607.06450); an update follows a step in each of several environments, whe
 one; (3) and (4) come with every policy_delay-th update only.
 
 The same seed gives the same bits, unless the run was resumed: a checkpoint holds no replay buffer, and a
-resumed run first fills a new one with refill_steps of its policy. metrics.csv counts all steps that went into
-a buffer (but those that a killed process made after its last checkpoint), and how often the run was resumed.
+resumed run first fills a new one with refill_steps of the ladder's policies and its own. metrics.csv counts
+all steps that went into a buffer (but those that a killed process made after its last checkpoint), and how
+often the run was resumed.
 
   python algorithms/collect/sac.py --environment Hopper-v5
 """
@@ -69,7 +70,7 @@ class Config:
     environments: int = 4  # side by side; each makes a step before every update
     buffer_size: int = 1_000_000  # transitions; the oldest give way
     random_steps: int = 10_000  # transitions of uniformly random actions before the first update
-    refill_steps: int = 100_000  # transitions of its policy before the first update of a resumed run
+    refill_steps: int = 100_000  # of the ladder's policies and its own, before a resumed run goes on
     batch_size: int = 256  # transitions in an update
     discount: float = limit(0.99, 0, 1)  # gamma
     tau: float = limit(0.005, 0, 1)  # rate of the target network
@@ -635,8 +636,12 @@ def learn(config: Config) -> None:
     explorer = Explorer(explored, algorithm, buffer, (config.seed, resumed, 2))  # 0 and 1: evaluations
     progress = tqdm(total=config.updates, initial=algorithm.updates, unit=" updates", disable=None)
     try:
-        while buffer.added < fill and algorithm.updates < config.updates:
-            explorer.step(random=not resumed)
+        newest = copy.deepcopy(algorithm.actor.state_dict())
+        rungs = [*map(safetensors.torch.load_file, sorted(run.folder.glob("ladder/*.safetensors")))]
+        for number, policy in enumerate([*rungs, newest], 1):  # what one policy meets is too little
+            algorithm.actor.load_state_dict(policy)
+            while buffer.added < fill * number // (len(rungs) + 1) and algorithm.updates < config.updates:
+                explorer.step(random=not resumed)
         mark, marked = clock(), algorithm.updates
         while algorithm.updates < config.updates:
             explorer.step(random=False)
