@@ -347,11 +347,11 @@ def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, s
     count, rounds = environments.num_envs, []
     seeds = np.random.SeedSequence(seed).generate_state(episodes + count).tolist()
     for first in range(0, episodes, count):
-        observations, _ = environments.reset(seed=seeds[first : first + count])
+        observations, rewards = environments.reset(seed=seeds[first : first + count])[0], None
         returns, lengths = np.zeros(count), np.zeros(count, int)
         running, success = np.ones(count, bool), np.full(count, math.nan)
         while running.any():
-            action = act(observations)
+            action = act(observations, rewards) if hasattr(Algorithm, "remembers") else act(observations)
             observations, rewards, terminations, truncations, infos = environments.step(action)
             returns, lengths = returns + running * rewards, lengths + running
             ended, last = terminations | truncations, infos.get("final_info", {})  # of an episode's last step

@@ -389,6 +389,8 @@ def load_transitions(dataset: minari.MinariDataset, space: gym.Space, algorithm,
         observations = flatten(episode.observations)
         columns = {"observations": observations[:-1], "actions": episode.actions, "rewards": episode.rewards,
                    "next_observations": observations[1:], "terminations": episode.terminations}
+        if hasattr(algorithm, "episode_columns"):
+            columns |= algorithm.episode_columns(episode.rewards)
         for key, column in columns.items():
             parts[key].append(np.asarray(column, np.float32))
     returns = np.array([rewards.sum(dtype=np.float64) for rewards in parts["rewards"]])
@@ -423,9 +425,8 @@ def load_transitions(dataset: minari.MinariDataset, space: gym.Space, algorithm,
     for key in ("observations", "next_observations"):
         data[key] = (data[key] - units.mean) / units.std
     facts = {"dataset_hash": digest.hexdigest(), "transitions": count, "clipped_actions": clipped}
-    learned, held_out = ({key: column[rows] for key, column in data.items()}
-                         for rows in (slice(count), slice(count, None)))
-    return learned, held_out, facts
+    both = slice(count), slice(count, None)
+    return *({key: column[rows] for key, column in data.items()} for rows in both), facts
 
 
 def draw_batches(data: dict[str, Tensor], batch_size: int, seed: int, update: int) -> Iterator[dict]:
@@ -450,11 +451,11 @@ def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, s
     count, rounds = environments.num_envs, []
     seeds = np.random.SeedSequence(seed).generate_state(episodes + count).tolist()
     for first in range(0, episodes, count):
-        observations, _ = environments.reset(seed=seeds[first : first + count])
+        observations, rewards = environments.reset(seed=seeds[first : first + count])[0], None
         returns, lengths = np.zeros(count), np.zeros(count, int)
         running, success = np.ones(count, bool), np.full(count, math.nan)
         while running.any():
-            action = act(observations)
+            action = act(observations, rewards) if hasattr(Algorithm, "remembers") else act(observations)
             observations, rewards, terminations, truncations, infos = environments.step(action)
             returns, lengths = returns + running * rewards, lengths + running
             ended, last = terminations | truncations, infos.get("final_info", {})  # of an episode's last step
@@ -469,7 +470,9 @@ def support_gap(algorithm, data: dict[str, Tensor]) -> float:
     """Mean distance, in [-1, 1] units, of the policy's actions from the data's on 1,024 fixed rows."""
     rows, units = np.random.default_rng(0).integers(len(data["actions"]), size=1024), algorithm.units
     observations = data["observations"][rows] * units.std + units.mean
-    gap = units.scale_actions(algorithm.act(observations.cpu())) - data["actions"][rows]
+    in_data = hasattr(algorithm, "act_in_data")  # an action may depend on what came before
+    actions = algorithm.act_in_data(data, rows) if in_data else algorithm.act(observations.cpu())
+    gap = units.scale_actions(actions) - data["actions"][rows]
     return float(gap.norm(dim=1).mean())
 
 
@@ -477,7 +480,8 @@ def measure_heldout(algorithm, data: dict[str, Tensor]) -> dict[str, float]:
     """Metrics of the losses on held-out transitions, means over 20 fixed batches; support gap."""
     losses = [getattr(algorithm, name) for name in dir(algorithm) if name.endswith("_loss")]
     networks = nn.ModuleList(part for part in vars(algorithm).values() if isinstance(part, nn.Module))
-    batches = itertools.islice(draw_batches(data, algorithm.config.batch_size, seed=0, update=0), 20)
+    draw = getattr(algorithm, "draw_windows", draw_batches)
+    batches = itertools.islice(draw(data, algorithm.config.batch_size, seed=0, update=0), 20)
     networks.eval()  # without dropout
     with torch.random.fork_rng():  # training goes on as if nothing had been measured
         table = pd.DataFrame({k: float(v) for loss in losses for k, v in loss(b)[1].items()} for b in batches)
@@ -685,7 +689,8 @@ def train(config: Config) -> None:
         progress.write(f"update {algorithm.updates:,}, {phase} evaluation: {shown}")
         return {f"eval/{key}": float(value) for key, value in result.items()}
 
-    batches = draw_batches(data, config.batch_size, config.seed, algorithm.updates)
+    draw = getattr(algorithm, "draw_windows", draw_batches)
+    batches = draw(data, config.batch_size, config.seed, algorithm.updates)
     history = run.history["metrics"]
     earlier = history[-1]["time/wall_seconds"] if history else 0
     progress = tqdm(total=config.updates, initial=algorithm.updates, unit=" updates", disable=None)
