@@ -638,7 +638,7 @@ def learn(config: Config) -> None:
     try:
         newest = copy.deepcopy(algorithm.actor.state_dict())
         rungs = [*map(safetensors.torch.load_file, sorted(run.folder.glob("ladder/*.safetensors")))]
-        for number, policy in enumerate([*rungs, newest], 1):  # what one policy meets is too little
+        for number, policy in enumerate([*rungs, newest], 1):  # the lost buffer had steps of older ones
             algorithm.actor.load_state_dict(policy)
             while buffer.added < fill * number // (len(rungs) + 1) and algorithm.updates < config.updates:
                 explorer.step(random=not resumed)
