@@ -13,6 +13,9 @@ import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
 
+pytest.register_assert_rewrite("oracles")
+from oracles import BATCH  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests do not ask the hub: it would retry for half a minute
 
@@ -92,6 +95,18 @@ def pendulum(minari_root) -> str:
         "test/pendulum/random-v0", episodes, env=env, data_format="hdf5", **references
     )
     return "test/pendulum/random-v0"
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """Three transitions (tests/oracles.py) as tensors."""
+    return {key: torch.tensor(rows) for key, rows in BATCH.items()}
+
+
+@pytest.fixture
+def rows() -> dict[str, np.ndarray]:
+    """The same transitions in NumPy."""
+    return {key: np.array(rows) for key, rows in BATCH.items()}
 
 
 @pytest.fixture

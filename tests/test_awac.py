@@ -7,47 +7,33 @@ import numpy as np
 import pytest
 import torch
 from conftest import short
-from test_learning import OPTIMUM, learn, walk
-from test_learning import store as store_corridor
-from test_losses import (
+from oracles import (
     ACT,
-    BATCH,
     CPU,
     OBS,
     Constant,
     assert_close,
     assert_loss_and_gradient,
     bellman,
-    episode,
     gradients,
-    load,
-    make,
     networks,
     perceptron,
     q_values,
     same,
     slopes,
     snapshot,
-    store,
     summed_errors,
     weights,
 )
+from test_learning import OPTIMUM, learn, walk
+from test_learning import store as store_corridor
+from test_losses import episode, load, make, store
 from test_runs import assert_same_run, place
 
 
 @pytest.fixture
 def awac(scripts):
     return scripts["awac"]
-
-
-@pytest.fixture
-def batch() -> dict[str, torch.Tensor]:
-    return {key: torch.tensor(rows) for key, rows in BATCH.items()}
-
-
-@pytest.fixture
-def rows() -> dict[str, np.ndarray]:
-    return {key: np.array(rows) for key, rows in BATCH.items()}
 
 
 # ------------------------------------------- the actor in NumPy -------------------------------------------

@@ -8,18 +8,14 @@ import pandas as pd
 import pytest
 import torch
 from conftest import short
-from test_learning import OPTIMUM, TRAPPED, learn, walk
-from test_learning import store as store_corridor
-from test_losses import (
+from oracles import (
     ACT,
-    BATCH,
     CPU,
     OBS,
     Constant,
     assert_close,
     assert_loss_and_gradient,
     bellman,
-    episode,
     gradients,
     networks,
     perceptron,
@@ -27,11 +23,13 @@ from test_losses import (
     same,
     slopes,
     snapshot,
-    store,
     summed_errors,
     weights,
 )
+from test_learning import OPTIMUM, TRAPPED, learn, walk
+from test_learning import store as store_corridor
 from test_losses import ACTIONS as ENVIRONMENT_ACTIONS
+from test_losses import episode, store
 from test_runs import assert_same_run, checkpoint, equal, place
 
 SMALL = {"hidden_dim": 4, "vae_hidden_dim": 5, "act_samples": 6}
@@ -41,16 +39,6 @@ NAMES = ("vae", "actor", "critic", "target_actor", "target_critic")
 @pytest.fixture
 def bcq(scripts):
     return scripts["bcq"]
-
-
-@pytest.fixture
-def batch() -> dict[str, torch.Tensor]:
-    return {key: torch.tensor(rows) for key, rows in BATCH.items()}
-
-
-@pytest.fixture
-def rows() -> dict[str, np.ndarray]:
-    return {key: np.array(rows) for key, rows in BATCH.items()}
 
 
 def make(script, weights_seed: int = 0, **fields):

@@ -11,33 +11,27 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, load_script, short
+from oracles import (
+    ACT,
+    BATCH,
+    CPU,
+    OBS,
+    assert_close,
+    assert_loss_and_gradient,
+    gradients,
+    perceptron,
+    q_values,
+    slopes,
+    squashed,
+    weights,
+)
 from test_learning import OPTIMUM, learn, store, walk
+from test_runs import equal
 from torch import nn
 
-OBS, ACT, N = 3, 2, 2  # N: sampled actions of each kind
-CPU = torch.device("cpu")
+N = 2  # sampled actions of each kind
 cql = load_script("offline/cql.py")
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is set to None|env_spec is None)")  # Minari's advice
-
-# Three transitions: an ordinary one, a terminated one, and one cut by a time limit, which is not terminated.
-BATCH = {
-    "observations": [[0.5, -1.0, 0.3], [-0.7, 0.2, 1.1], [1.4, 0.6, -0.9]],
-    "actions": [[0.4, -0.6], [-0.9, 0.8], [0.1, 0.3]],
-    "rewards": [1.5, -2.0, 0.25],
-    "next_observations": [[0.9, 1.2, -0.4], [0.3, -0.8, 0.6], [-1.1, 0.7, 1.3]],
-    "terminations": [0.0, 1.0, 0.0],
-}
-
-
-@pytest.fixture
-def batch() -> dict[str, torch.Tensor]:
-    return {key: torch.tensor(rows) for key, rows in BATCH.items()}
-
-
-@pytest.fixture
-def rows() -> dict[str, np.ndarray]:
-    return {key: np.array(rows) for key, rows in BATCH.items()}
-
 
 def make(**fields):
     """CQL with small networks of fixed weights; the target's differ from the critic's. alpha is 0.3."""
@@ -49,11 +43,6 @@ def make(**fields):
             weight.data = torch.tensor(rng.normal(scale=0.7, size=weight.shape), dtype=torch.float32)
     algorithm.temperature.log.data.fill_(math.log(0.3))
     return algorithm
-
-
-def weights(network: nn.Module) -> list[np.ndarray]:
-    """Float64 copies: W [out, in], b [out] of each layer; W [E, in, out], b [E, 1, out] of an ensemble's."""
-    return [weight.detach().numpy().astype(np.float64) for weight in network.parameters()]
 
 
 @pytest.fixture
@@ -78,74 +67,6 @@ def draws(monkeypatch):
     return give
 
 
-# ---------------------------------------- the networks again, in NumPy --------------------------------------
-
-
-def perceptron(layers: list[np.ndarray], x: np.ndarray) -> np.ndarray:
-    """ReLU between the layers, none after the last: [B, in] -> [B, out]."""
-    for number in range(0, len(layers), 2):
-        x = x @ layers[number].T + layers[number + 1]
-        if number < len(layers) - 2:
-            x = np.maximum(x, 0)
-    return x
-
-
-def policy(layers: list[np.ndarray], observations: np.ndarray, noise: np.ndarray):
-    """Actions [B, A] made of standard normal `noise`, and their density [B].
-
-    The density of a = tanh(x) is that of x divided by da/dx = 1 - a^2.
-    """
-    outputs = perceptron(layers, observations)
-    mean, std = outputs[:, :ACT], np.exp(np.minimum(np.maximum(outputs[:, ACT:], -5), 2))
-    x = mean + std * noise
-    density = np.exp(-((x - mean) ** 2) / (2 * std**2)) / np.sqrt(2 * np.pi * std**2)
-    return np.tanh(x), np.prod(density / (1 - np.tanh(x) ** 2), axis=1)
-
-
-def q_values(layers: list[np.ndarray], observations: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """Q_1 and Q_2 [2, B]."""
-    inputs, results = np.concatenate([observations, actions], axis=1), []
-    for member in range(2):
-        own = [layer[member].T if layer.shape[1] > 1 else layer[member][0] for layer in layers]
-        results.append(perceptron(own, inputs)[:, 0])
-    return np.stack(results)
-
-
-def slopes(loss, layers: list[np.ndarray], step: float = 1e-6) -> list[np.ndarray]:
-    """Central differences of loss(layers) in every weight."""
-    results = []
-    for layer in layers:
-        result = np.empty_like(layer)
-        for index in np.ndindex(layer.shape):
-            kept = layer[index]
-            layer[index] = kept + step
-            above = loss(layers)
-            layer[index] = kept - step
-            below = loss(layers)
-            layer[index] = kept
-            result[index] = (above - below) / (2 * step)
-        results.append(result)
-    return results
-
-
-def assert_gradient(ours: list[torch.Tensor], oracle, layers: list[np.ndarray]) -> None:
-    expected = slopes(oracle, layers)
-    assert max(np.abs(slope).max() for slope in expected) > 1e-2
-    for left, right in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(left.numpy(), right, rtol=1e-3, atol=1e-4)
-
-
-def assert_loss_and_gradient(loss: torch.Tensor, network: nn.Module, oracle, others: list[nn.Module]) -> None:
-    """`loss` is oracle(weights of network), and so is its gradient; it has none for the other networks."""
-    layers = weights(network)
-    assert loss.item() == pytest.approx(oracle(layers), rel=1e-5)
-    ours = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True)
-    assert_gradient(ours, oracle, layers)
-    for other in others:
-        leaked = torch.autograd.grad(loss, list(other.parameters()), retain_graph=True, allow_unused=True)
-        assert all(gradient is None for gradient in leaked)
-
-
 # ---------------------------------------- the critic's loss ----------------------------------------
 
 
@@ -161,14 +82,14 @@ class Draws:
 
         table = []  # Q'_i(s', a') [target_actions, 2, B]
         for noise in self.target:
-            actions = policy(actor, rows["next_observations"], noise)[0]
+            actions = squashed(actor, rows["next_observations"], noise)[0]
             table.append(q_values(target, rows["next_observations"], actions))
         self.next_q = np.array(table)
         self.candidates = []  # (actions [B, A], their density [B]), 3N of them
         for number in range(N):
             self.candidates.append((2 * self.uniform[number, 0] - 1, np.full(3, 0.5**ACT)))
             for kind, key in enumerate(("observations", "next_observations")):
-                self.candidates.append(policy(actor, rows[key], self.policies[number, kind]))
+                self.candidates.append(squashed(actor, rows[key], self.policies[number, kind]))
 
     def errors(self, layers, discount: float) -> np.ndarray:
         """Mean squared errors of the two critics [2]; the value of s' is the best a' by the lesser critic."""
@@ -257,7 +178,7 @@ def test_max_target_backup_is_the_best_action_by_the_lesser_critic(batch, rows):
 # ---------------------------------------- numbers in closed form ----------------------------------------
 
 
-class Constant(nn.Module):
+class ConstantCritic(nn.Module):
     """Q(s, a) = c for all."""
 
     def __init__(self, c: float):
@@ -272,7 +193,7 @@ class Constant(nn.Module):
 def test_gap_of_equal_values(c):
     """Three action entries, ten actions of each kind, a policy as dense as the uniform: ln 30 + 3 ln 2."""
     algorithm = cql.CQL(cql.Config(hidden_dim=4), OBS, 3, CPU)
-    algorithm.critic = Constant(c)
+    algorithm.critic = ConstantCritic(c)
     sample = algorithm.actor.sample
     algorithm.actor.sample = lambda observations, *count: (
         sample(observations, *count)[0],
@@ -392,7 +313,7 @@ def actor_oracle(algorithm, rows, noise: np.ndarray):
     critic, alpha = weights(algorithm.critic), algorithm.temperature().item()
 
     def oracle(layers):
-        actions, density = policy(layers, rows["observations"], noise)
+        actions, density = squashed(layers, rows["observations"], noise)
         return np.mean(alpha * np.log(density) - np.minimum(*q_values(critic, rows["observations"], actions)))
 
     return oracle
@@ -400,7 +321,7 @@ def actor_oracle(algorithm, rows, noise: np.ndarray):
 
 def test_actor_loss(batch, rows, draws):
     algorithm, noise = make(), np.random.default_rng(6).normal(size=(3, ACT))
-    actions, density = policy(weights(algorithm.actor), rows["observations"], noise)
+    actions, density = squashed(weights(algorithm.actor), rows["observations"], noise)
     q = q_values(weights(algorithm.critic), rows["observations"], actions)
     assert len({*np.sign(q[0] - q[1])}) == 2  # each is the smaller one in some row
     draws([noise])
@@ -418,8 +339,7 @@ def test_the_first_update_already_descends_the_actors_loss_on_the_new_critic(bat
     alpha = algorithm.temperature.log.data.clone()
     algorithm.update(batch)
     algorithm.temperature.log.data = alpha  # as it was for the actor
-    gradient = [weight.grad for weight in algorithm.actor.parameters()]
-    assert_gradient(gradient, actor_oracle(algorithm, rows, noise), before)
+    assert_close(gradients(algorithm.actor), slopes(actor_oracle(algorithm, rows, noise), before), 1e-4)
 
 
 @pytest.mark.parametrize(("entropy", "sign"), [(-ACT, 0), (-ACT + 0.5, 1), (-ACT - 0.5, -1), (3.0, 1)])
@@ -518,15 +438,6 @@ def test_the_target_is_the_exact_moving_average(batch, compiled):
         average = [0.9 * old + 0.1 * new for old, new in zip(average, weights(algorithm.critic))]
     for ours, oracle in zip(weights(algorithm.target_critic), average):
         np.testing.assert_allclose(ours, oracle, rtol=1e-5, atol=1e-6)
-
-
-def equal(one, other) -> bool:
-    """Trees of Dicts, lists and tensors, bit for bit."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def test_an_interrupted_run_ends_in_the_same_bits(call, pendulum, tmp_path, monkeypatch):

@@ -14,10 +14,10 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT, load_script
+from oracles import ACT, BATCH, CPU, OBS, assert_loss_and_gradient, gaussian, squashed, weights
+from test_runs import equal
 from torch import nn
 
-OBS, ACT = 3, 2
-CPU = torch.device("cpu")
 sac = load_script("collect/sac.py")
 
 
@@ -29,25 +29,6 @@ def load_behavior():
 
 
 behavior = load_behavior()
-
-# Three transitions: an ordinary one, a terminated one, and one cut by a time limit, which is not terminated.
-BATCH = {
-    "observations": [[0.5, -1.0, 0.3], [-0.7, 0.2, 1.1], [1.4, 0.6, -0.9]],
-    "actions": [[0.4, -0.6], [-0.9, 0.8], [0.1, 0.3]],
-    "rewards": [1.5, -2.0, 0.25],
-    "next_observations": [[0.9, 1.2, -0.4], [0.3, -0.8, 0.6], [-1.1, 0.7, 1.3]],
-    "terminations": [0.0, 1.0, 0.0],
-}
-
-
-@pytest.fixture
-def batch() -> dict[str, torch.Tensor]:
-    return {key: torch.tensor(rows) for key, rows in BATCH.items()}
-
-
-@pytest.fixture
-def rows() -> dict[str, np.ndarray]:
-    return {key: np.array(rows) for key, rows in BATCH.items()}
 
 
 def make(**fields):
@@ -61,41 +42,7 @@ def make(**fields):
     return algorithm
 
 
-def weights(network: nn.Module) -> list[np.ndarray]:
-    return [weight.detach().numpy().astype(np.float64) for weight in network.parameters()]
-
-
-def equal(one, other) -> bool:
-    """Trees of Dicts, lists and tensors, bit for bit."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-
-
 # ------------------------------------- the networks again, in NumPy -------------------------------------
-
-
-def gaussian(layers: list[np.ndarray], observations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation [B, A] that the actor's network gives."""
-    x = observations
-    for number in range(0, len(layers), 2):
-        x = x @ layers[number].T + layers[number + 1]
-        if number < len(layers) - 2:
-            x = np.maximum(x, 0)
-    return x[:, :ACT], np.exp(np.minimum(np.maximum(x[:, ACT:], -5), 2))
-
-
-def policy(layers: list[np.ndarray], observations: np.ndarray, noise: np.ndarray):
-    """Actions [B, A] made of standard normal `noise`, and the log of their density [B].
-
-    The density of a = tanh(x) is that of x divided by da/dx = 1 - a^2.
-    """
-    mean, std = gaussian(layers, observations)
-    x = mean + std * noise
-    density = np.exp(-((x - mean) ** 2) / (2 * std**2)) / np.sqrt(2 * np.pi * std**2)
-    return np.tanh(x), np.log(np.prod(density / (1 - np.tanh(x) ** 2), axis=1))
 
 
 def q_values(layers: list[np.ndarray], observations: np.ndarray, actions: np.ndarray) -> np.ndarray:
@@ -112,37 +59,6 @@ def q_values(layers: list[np.ndarray], observations: np.ndarray, actions: np.nda
     return np.stack(results)
 
 
-def slopes(loss, layers: list[np.ndarray], step: float = 1e-6) -> list[np.ndarray]:
-    """Central differences of loss(layers) in every weight."""
-    results = []
-    for layer in layers:
-        result = np.empty_like(layer)
-        for index in np.ndindex(layer.shape):
-            kept = layer[index]
-            layer[index] = kept + step
-            above = loss(layers)
-            layer[index] = kept - step
-            below = loss(layers)
-            layer[index] = kept
-            result[index] = (above - below) / (2 * step)
-        results.append(result)
-    return results
-
-
-def assert_loss_and_gradient(loss: torch.Tensor, network: nn.Module, oracle, others: list[nn.Module]) -> None:
-    """`loss` is oracle(weights of network), and so is its gradient; it has none for the other networks."""
-    layers = weights(network)
-    assert loss.item() == pytest.approx(oracle(layers), rel=1e-5)
-    ours = torch.autograd.grad(loss, list(network.parameters()), retain_graph=True)
-    expected = slopes(oracle, layers)
-    assert max(np.abs(slope).max() for slope in expected) > 1e-2
-    for left, right in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(left.numpy(), right, rtol=1e-3, atol=1e-4)
-    for other in others:
-        leaked = torch.autograd.grad(loss, list(other.parameters()), retain_graph=True, allow_unused=True)
-        assert all(gradient is None for gradient in leaked)
-
-
 # ------------------------------------------------ losses ------------------------------------------------
 
 
@@ -151,10 +67,10 @@ def test_critic_loss(batch, rows):
     algorithm = make(discount=0.9)
     torch.manual_seed(5)
     noise = torch.randn(3, ACT).numpy().astype(np.float64)
-    actions, log_prob = policy(weights(algorithm.actor), rows["next_observations"], noise)
+    actions, density = squashed(weights(algorithm.actor), rows["next_observations"], noise)
     q = q_values(weights(algorithm.target_critic), rows["next_observations"], actions)
     assert len({*np.sign(q[0] - q[1])[[0, 2]]}) == 2  # each is the smaller one in a row that counts
-    soft = np.minimum(*q) - 0.3 * log_prob
+    soft = np.minimum(*q) - 0.3 * np.log(density)
     target = rows["rewards"] + 0.9 * np.where(rows["terminations"] == 1, 0, soft)
 
     def oracle(layers):
@@ -177,17 +93,17 @@ def test_actor_loss(batch, rows):
     noise = torch.randn(3, ACT).numpy().astype(np.float64)
 
     def oracle(layers):
-        actions, log_prob = policy(layers, rows["observations"], noise)
-        return np.mean(0.3 * log_prob - np.minimum(*q_values(critic, rows["observations"], actions)))
+        actions, density = squashed(layers, rows["observations"], noise)
+        return np.mean(0.3 * np.log(density) - np.minimum(*q_values(critic, rows["observations"], actions)))
 
-    actions, log_prob = policy(weights(algorithm.actor), rows["observations"], noise)
+    actions, density = squashed(weights(algorithm.actor), rows["observations"], noise)
     q = q_values(critic, rows["observations"], actions)
     assert len({*np.sign(q[0] - q[1])}) == 2
     torch.manual_seed(6)
     loss, metrics = algorithm.actor_loss(batch)
     others = [algorithm.target_critic, algorithm.temperature]
     assert_loss_and_gradient(loss, algorithm.actor, oracle, others)
-    assert metrics["actor/entropy"].item() == pytest.approx(-log_prob.mean(), rel=1e-5)
+    assert metrics["actor/entropy"].item() == pytest.approx(-np.log(density).mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("mean", "log_std"), [(0.0, 0.0), (0.8, -1.5), (-1.2, 0.5), (0.3, -9.0), (0.0, 9.0)])
