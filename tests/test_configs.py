@@ -14,6 +14,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*") if path.is_file())
+FILES = [file for file in FILES if not file.startswith("configs/benchmark/")]  # those name runs, not settings
 RECIPES = [file for file in FILES if file.startswith("configs/collect/") and Path(file).parts[2] != "sac"]
 LEARNERS = [file for file in FILES if not file.startswith("configs/collect/")]
 SIZES = ("umaze", "medium", "large")
