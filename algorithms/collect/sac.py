@@ -6,20 +6,19 @@ actor's weights in half precision. Evaluations sample from the policy, as collec
 
   (1)  y = r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a'|s')),  a' ~ pi(s')      d: not a truncation
   (2)  L_Q = sum_i mean (Q_i(s, a) - y)^2
-  (3)  L_pi = mean (alpha log pi(a|s) - min_i Q_i(s, a)),  a ~ pi(s)               every policy_delay updates
+  (3)  L_pi = mean (alpha log pi(a|s) - min_i Q_i(s, a)),  a ~ pi(s)
   (4)  L_alpha = log alpha (H + |A|),  H = -mean log pi(a|s)             after (3); |A|: entries of an action
   (5)  Q' <- Q' + tau (Q - Q')
 
-Differences from the paper: the critic's hidden layers are normalised before their ReLU (Ba et al., 2016,
-arXiv:1607.06450); an update follows a step in each of several environments, where the paper takes one step in
-one; (3) and (4) come with every policy_delay-th update only.
+Differences from the paper: an update follows a step in each of several environments, where the paper takes
+one step in one; critics learn faster than the actor.
 
 The same seed gives the same bits, unless the run was resumed: a checkpoint holds no replay buffer, and a
 resumed run first fills a new one with refill_steps of the ladder's policies and its own. metrics.csv counts
 all steps that went into a buffer (but those that a killed process made after its last checkpoint), and how
 often the run was resumed.
 
-  python algorithms/collect/sac.py --environment Hopper-v5
+  python algorithms/collect/sac.py --config_path configs/collect/sac/hopper.yaml
 """
 
 import copy
@@ -79,7 +78,6 @@ class Config:
     temperature_lr: float = 3e-4  # Adam's step size
     hidden_dim: int = 256  # units in a hidden layer
     hidden_layers: int = 2  # hidden layers of every network
-    policy_delay: int = 2  # critic updates to one of the actor and the temperature
     eval_every: int = 5000  # updates between evaluations
     eval_episodes: int = 20  # episodes of an evaluation along the way
     final_eval_episodes: int = 100  # episodes of the evaluation after the last update
@@ -105,14 +103,13 @@ class SAC:
         size = (obs_dim, act_dim, config.hidden_dim, config.hidden_layers)
         self.units = Units(obs_dim, act_dim).to(device)
         self.actor = TanhGaussianActor(*size).to(device)
-        self.critic = NormalizedEnsembleCritic(*size).to(device)
+        self.critic = EnsembleCritic(*size).to(device)
         self.target_critic = copy.deepcopy(self.critic)
         self.temperature = Temperature().to(device)
         adam = partial(torch.optim.Adam, fused=True)
         self.actor_optimizer = adam(self.actor.parameters(), config.actor_lr)
         self.critic_optimizer = adam(self.critic.parameters(), config.critic_lr)
         self.temperature_optimizer = adam(self.temperature.parameters(), config.temperature_lr)
-        self.actor_metrics = {}  # none before the first delayed update
 
     def critic_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
@@ -134,13 +131,12 @@ class SAC:
         self.updates += 1
         loss, metrics = self.critic_loss(batch)
         descend(self.critic_optimizer, loss)
-        if self.updates % self.config.policy_delay == 0:
-            loss, self.actor_metrics = self.actor_loss(batch)
-            descend(self.actor_optimizer, loss)
-            surplus = self.actor_metrics["actor/entropy"] + batch["actions"].shape[-1]
-            descend(self.temperature_optimizer, self.temperature.log * surplus)  # (4)
+        loss, actor_metrics = self.actor_loss(batch)
+        descend(self.actor_optimizer, loss)
+        surplus = actor_metrics["actor/entropy"] + batch["actions"].shape[-1]
+        descend(self.temperature_optimizer, self.temperature.log * surplus)  # (4)
         polyak(self.target_critic, self.critic, self.config.tau)  # (5)
-        return metrics | self.actor_metrics | {"actor/temperature": self.temperature().detach()}
+        return metrics | actor_metrics | {"actor/temperature": self.temperature().detach()}
 
     @torch.inference_mode()
     def act(self, observations) -> np.ndarray:
@@ -216,8 +212,8 @@ class EnsembleLinear(nn.Module):
         return torch.bmm(x, weight) + bias
 
 
-class NormalizedEnsembleCritic(nn.Module):
-    """E independent Q(s, a), their hidden layers normalised: [B, obs_dim], [B, act_dim] -> [E, B]."""
+class EnsembleCritic(nn.Module):
+    """E independent Q(s, a): [B, obs_dim], [B, act_dim] -> [E, B], or of the first `members` alone."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, hidden_layers: int, ensemble: int = 2):
         super().__init__()
@@ -225,11 +221,10 @@ class NormalizedEnsembleCritic(nn.Module):
         self.layers = nn.ModuleList(EnsembleLinear(ensemble, i, o) for i, o in zip(sizes, sizes[1:]))
         self.ensemble = ensemble
 
-    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        x = torch.cat([observations, actions], -1).expand(self.ensemble, -1, -1)  # [E, B, inputs]
+    def forward(self, observations: Tensor, actions: Tensor, members: int | None = None) -> Tensor:
+        x = torch.cat([observations, actions], -1).expand(members or self.ensemble, -1, -1)  # [E, B, inputs]
         for layer in self.layers[:-1]:
-            x = layer(x)
-            x = torch.relu(nn.functional.layer_norm(x, x.shape[-1:]))
+            x = torch.relu(layer(x))
         return self.layers[-1](x).squeeze(-1)
 
 
