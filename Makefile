@@ -4,6 +4,7 @@
 ## make datasets         make all local datasets that are not there yet, and name those that cannot be made
 ## make bench            updates per second of every script
 ## make scores           gather finished runs into results/scores/*.csv
+## make report           tables, figures and a page of all recorded scores, in results/report
 ## make lint             ruff
 ##
 ## PYTHON=...       the Python that .venv is made with (3.11 or newer; python3.11 where there is one, else python3)
@@ -18,7 +19,7 @@ RECIPES = $(filter-out configs/collect/sac/%,$(sort $(wildcard configs/collect/*
 DATASETS = $(RECIPES:configs/collect/%.yaml=reef/%)
 COLLECTOR = $(if $(filter reef/pointmaze/%,$(ID)),pointmaze,rollouts)
 
-.PHONY: help test demo dataset datasets known-dataset bench scores lint
+.PHONY: help test demo dataset datasets known-dataset bench scores report lint
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -49,6 +50,9 @@ bench: .venv/complete
 
 scores: .venv/complete
 	$(RUN) results/scores.py
+
+report: .venv/complete
+	$(RUN) results/report.py
 
 lint: .venv/complete
 	$(RUN) -m ruff check

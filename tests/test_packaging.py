@@ -135,8 +135,9 @@ def test_demo_makes_its_dataset_first():
 
 
 def recipes() -> list[str]:
-    folder = ROOT / "configs/collect"
-    return sorted(f"reef/{path.relative_to(folder).with_suffix('')}" for path in folder.rglob("*.yaml"))
+    folder = ROOT / "configs/collect"  # sac/ has no datasets but the settings of those who make them
+    files = {*folder.rglob("*.yaml")} - {*folder.glob("sac/*")}
+    return sorted(f"reef/{path.relative_to(folder).with_suffix('')}" for path in files)
 
 
 def test_every_recipe_has_its_command():
