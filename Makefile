@@ -5,6 +5,7 @@
 ## make bench            updates per second of every script
 ## make scores           gather finished runs into results/scores/*.csv
 ## make report           tables, figures and a page of all recorded scores, in results/report
+## make benchmark-quick  what is missing of configs/benchmark/quick.yaml, then scores and report (under two hours)
 ## make lint             ruff
 ##
 ## PYTHON=...       the Python that .venv is made with (3.11 or newer; python3.11 where there is one, else python3)
@@ -19,7 +20,7 @@ RECIPES = $(filter-out configs/collect/sac/%,$(sort $(wildcard configs/collect/*
 DATASETS = $(RECIPES:configs/collect/%.yaml=reef/%)
 COLLECTOR = $(if $(filter reef/pointmaze/%,$(ID)),pointmaze,rollouts)
 
-.PHONY: help test demo dataset datasets known-dataset bench scores report lint
+.PHONY: help test demo dataset datasets known-dataset bench scores report benchmark-quick lint
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -52,6 +53,14 @@ scores: .venv/complete
 	$(RUN) results/scores.py
 
 report: .venv/complete
+	$(RUN) results/report.py
+
+benchmark-quick: .venv/complete
+	@for id in reef/pointmaze/umaze-v0 reef/pointmaze/medium-v0 reef/hopper/medium-replay-v0; do \
+		$(MAKE) --no-print-directory dataset ID=$$id || exit 1; \
+	done
+	$(RUN) results/benchmark.py configs/benchmark/quick.yaml
+	$(RUN) results/scores.py
 	$(RUN) results/report.py
 
 lint: .venv/complete
