@@ -277,15 +277,16 @@ def test_an_unusable_device(call, pendulum, tmp_path, device):
     assert not (tmp_path / "runs").exists()
 
 
-def test_data_that_do_not_fit_into_memory(call, scripts, pendulum, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, needed", [("td3_bc", 108_000), ("dt", 132_000)])  # dt has two columns more
+def test_data_that_do_not_fit_into_memory(call, scripts, pendulum, tmp_path, monkeypatch, name, needed):
     """1,000 transitions of 3 + 3 + 1 + 2 numbers of 4 bytes, in up to three copies: 108,000 bytes."""
-    psutil = scripts["td3_bc"].psutil
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=107_999))
-    status, _, err = call("td3_bc", *short(pendulum, tmp_path / "runs", device="cpu"))
-    assert_one_line(status, err, pendulum, "needs 0.0 GB of memory", "0.0 GB are free")
+    psutil = scripts[name].psutil
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needed - 1))
+    status, _, err = call(name, *short(pendulum, tmp_path / "runs", device="cpu"))
+    assert_one_line(status, err, pendulum, "needs 0.0 GB of memory", "0.0 GB are free", script=name)
     assert not (tmp_path / "runs").exists()
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=108_000))
-    assert call("td3_bc", *short(pendulum, tmp_path / "runs", device="cpu"))[0] == 0
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needed))
+    assert call(name, *short(pendulum, tmp_path / "runs", device="cpu"))[0] == 0
 
 
 # ------------------------------------------- damaged datasets -------------------------------------------

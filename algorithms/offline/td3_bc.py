@@ -358,9 +358,9 @@ def load_transitions(dataset: minari.MinariDataset, space: gym.Space, algorithm,
     observation is always its own episode's.
     """
     config, units, device = algorithm.config, algorithm.units, algorithm.units.mean.device
-    needed = 12 * dataset.total_steps * (2 * len(units.mean) + len(units.low) + 2)  # float32, and two copies
-    cuda = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
+    width = 2 * len(units.mean) + len(units.low) + 2 + 2 * hasattr(algorithm, "episode_columns")
+    needed = 12 * dataset.total_steps * width  # float32, and two copies
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         raise UserError(f"{dataset.id} needs {needed / 1e9:,.1f} GB of memory; {free / 1e9:,.1f} GB are free")
     parts, digest = collections.defaultdict(list), hashlib.sha256()
