@@ -16,6 +16,7 @@ import runpy
 import sys
 from functools import cache
 from pathlib import Path
+from statistics import mode
 
 import pandas as pd
 
@@ -108,7 +109,7 @@ def write(file: Path, text: str) -> None:
 
 def show(values: pd.Series) -> str:
     """Mean and, of several, standard deviation."""
-    return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
+    return f"{values.mean():z.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
 
 
 def scores_table(finals: pd.DataFrame) -> str:
@@ -119,13 +120,15 @@ def scores_table(finals: pd.DataFrame) -> str:
         place = dataset, " ".join(names)
         value = show(rows["score"]) if rows["score"].notna().all() else f"return {show(rows['return_mean'])}"
         cells[place] = f"[{value}]({config_file(family, algorithm, dataset, variant)})"
-        lengths[place] = f"seeds: {len(rows)}, updates: {rows['update'].max():,}"
+        seeds = f"{len(rows)} seed" + "s" * (len(rows) > 1)
+        lengths[place] = seeds, f"{rows['update'].max():,} updates"
     if not cells:
         return "No run is recorded yet."
-    usual = pd.Series(lengths).mode()[0]
-    for place in cells:
-        cells[place] += f" ({lengths[place]})" * (lengths[place] != usual)
-    note = f"Final scores, mean ± standard deviation over training seeds ({usual} where nothing is said)."
+    usual = [mode(column) for column in zip(*lengths.values())]
+    for place, length in lengths.items():
+        unusual = ", ".join(text for text, often in zip(length, usual) if text != often)
+        cells[place] += f" ({unusual})" * bool(unusual)
+    note = f"Final scores, mean ± standard deviation over training seeds ({', '.join(usual)} if not stated)."
     return f"{note}\n\n{markdown(pd.Series(cells).unstack(fill_value='').reset_index(names='Dataset'))}"
 
 

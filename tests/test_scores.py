@@ -158,16 +158,16 @@ def test_tables(root, scores, run):
     for seed, score in [(0, 10.0), (1, 20.0), (2, 60.0)]:
         change(run("bc", seed=seed), score=score)
         change(run("td3_bc", seed=seed), score=None)
-    change(run("bc", variant="top10", fraction=0.1), score=-3.21)
+    change(run("bc", variant="top10", fraction=0.1, updates=60), score=-0.04)
     scores.main([])
     text = (root / "README.md").read_text()
     note, _, *table = text.partition("scores:begin -->\n")[2].partition("\n<!-- scores:end")[0].splitlines()
-    assert "(seeds: 3, updates: 40 where" in note
+    assert "(3 seeds, 40 updates if" in note
     assert cells(table[0]) == ["Dataset", "bc", "bc top10", "td3_bc"]
     dataset, plain, top10, unscored = cells(table[2])
     assert dataset == ID
     assert plain == f"[30.0 ± 26.5](configs/offline/bc/{ID}.yaml)"
-    assert top10 == f"[-3.2](configs/offline/bc/{ID}-top10.yaml) (seeds: 1, updates: 40)"
+    assert top10 == f"[0.0](configs/offline/bc/{ID}-top10.yaml) (1 seed, 60 updates)"
     assert unscored.startswith("[return -")
     assert " ± " in unscored
     before, after = README.partition("stale\n")[::2]
