@@ -277,9 +277,9 @@ def test_an_unusable_device(call, pendulum, tmp_path, device):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(("name", "needed"), [("td3_bc", 108_000), ("dt", 132_000)])  # dt has two columns more
+@pytest.mark.parametrize(("name", "needed"), [("td3_bc", 108_000), ("dt", 132_000)])
 def test_data_that_do_not_fit_into_memory(call, scripts, pendulum, tmp_path, monkeypatch, name, needed):
-    """1,000 transitions of 3 + 3 + 1 + 2 numbers of 4 bytes, in up to three copies: 108,000 bytes."""
+    """1,000 transitions of 3 + 3 + 1 + 2 (dt: + 2) numbers of 4 bytes, in up to three copies."""
     psutil = scripts[name].psutil
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=needed - 1))
     status, _, err = call(name, *short(pendulum, tmp_path / "runs", device="cpu"))
