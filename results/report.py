@@ -61,7 +61,8 @@ BASELINE = "bc"  # the data's own worth
 MOVED = ["rose", "fell"]
 MIN_SEEDS = 3  # for a comparison
 RESAMPLES = 5_000
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]  # for all eyes, on light and dark
+COLORS = [  # for all eyes, on light and dark
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8B6FD6", "#9A7D0A", "#808080"]
 LOOKS = list(itertools.product(["-", "--", ":", "-."], COLORS))
 STYLE = {"axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False, "font.size": 9,
          "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6", "axes.axisbelow": True,
