@@ -217,7 +217,7 @@ class Block(nn.Module):
         dropout = self.dropout.p if self.training else 0.0
         mixed = nn.functional.scaled_dot_product_attention(*qkv, dropout_p=dropout, is_causal=True)
         x = x + self.dropout(self.out(mixed.squeeze(-3)))
-        return x + self.dropout(self.mlp(self.norm2(x).flatten(0, -2)).view_as(x))  # flat compiles faster
+        return x + self.dropout(self.mlp(self.norm2(x).flatten(0, -2)).view_as(x))  # flat: faster compiled
 
 
 class DecisionTransformer(nn.Module):
