@@ -149,5 +149,6 @@ def call(scripts, minari_root, monkeypatch, capsys):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Tests run on two cores beside others: one thread each, and the same bits everywhere."""
+    """Tests run on two cores beside others: one thread each, and the same bits everywhere, in any order."""
     torch.set_num_threads(1)
+    torch.set_flush_denormal(False)

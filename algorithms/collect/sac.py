@@ -584,6 +584,7 @@ def learn(config: Config) -> None:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: cannot use {config.device}: {error!r:.100}") from None
     torch.set_num_threads(config.threads or torch.get_num_threads())
+    torch.set_flush_denormal(True)  # Adam's moments of idle weights end in denormals, slow to compute with
     torch.set_float32_matmul_precision(config.precision)
     torch.manual_seed(config.seed)
 
