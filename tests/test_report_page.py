@@ -285,6 +285,34 @@ def test_a_curve_is_where_its_numbers_are(page):
     assert float(end[1]) == pytest.approx(y1 - 60 * scale, abs=2)  # its final score is 61
 
 
+@pytest.mark.parametrize("ends", [[0, 9, 9, 9, 9], [0, 0, 0, 0, 9], [0, 4, 4, 4, 5, 9], [9] * 5], ids=str)
+def test_labels_do_not_collide(page, ends):
+    """Each is 14 pixels or more below the one before, and inside the plot; one with room is at its line's end."""
+    marks = page.execute_script(
+        """
+        const host = document.querySelector("#curves");
+        const flat = (y) => ({ name: "bc", x: [0, 1], mean: [y, y], min: [y, y], max: [y, y] });
+        plot(host, arguments[0].map(flat), { xLabel: "x", yLabel: "y", format: String });
+        const place = (node, name) => Number(node.getAttribute(name));
+        const lines = [...host.querySelectorAll("polyline")];
+        return {
+          ends: lines.map((line) => Number(line.getAttribute("points").split(/[ ,]/).at(-1))),
+          labels: [...host.querySelectorAll("line[stroke-width='3']")].map((line) => place(line, "y1")),
+          height: place(host.querySelector("svg.plot"), "height"),
+        };
+        """,
+        ends,
+    )
+    labels, wanted = sorted(marks["labels"]), sorted(marks["ends"])
+    assert len(labels) == len(wanted) == len(ends)
+    assert all(below - above >= 14 - 1e-6 for above, below in zip(labels, labels[1:]))
+    assert min(labels) >= 24 and max(labels) <= marks["height"] - 38
+    if ends.count(ends[0]) == 1:
+        assert labels[-1] == pytest.approx(wanted[-1], abs=0.1)
+    if ends.count(ends[-1]) == 1:
+        assert labels[0] == pytest.approx(wanted[0], abs=0.1)
+
+
 def test_curves_are_read_out_by_keys(page):
     Select(find(page, "#dataset")).select_by_visible_text(MAZES[1])
     plot = find(page, "#curves svg.plot")
