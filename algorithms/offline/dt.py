@@ -11,7 +11,7 @@ Asked for a high return, it acts as episodes with high returns did. No values, n
 
 Differences from the paper: windows that an episode's end cuts short are padded on the right, where causality
 hides the padding from every real token; the target is one quantile of the dataset's returns, not the better
-of two given ones; steps past `timesteps` share the last embedding; all weights start as GPT-2's.
+of two given ones; steps past `timesteps` share the last embedding.
 
   python algorithms/offline/dt.py --config_path configs/offline/dt/reef/pointmaze/umaze-v0.yaml
 """
@@ -232,11 +232,10 @@ class DecisionTransformer(nn.Module):
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(config.dropout)
         blocks = [Block(dim, config.dropout) for _ in range(config.hidden_layers)]
         self.blocks, self.head = nn.Sequential(*blocks, nn.LayerNorm(dim)), nn.Linear(dim, act_dim)
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif parameter.ndim == 2:  # not the norms' weights
-                nn.init.normal_(parameter, std=0.02)
+        # as GPT-2's; the embeddings are as torch's: without a bias the norm would hide a return's size
+        for layer in (part for part in self.blocks.modules() if isinstance(part, nn.Linear)):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, window: dict[str, Tensor]) -> Tensor:
         timesteps = window["timesteps"].long().clamp(max=self.embed_timestep.num_embeddings - 1)
