@@ -350,6 +350,11 @@ def test_what_a_run_leaves(finished):
         assert row["eval/return_mean"] == pytest.approx(returns.mean())
 
 
+def test_denormals_are_flushed(tmp_path):
+    learn(tmp_path)
+    assert float(torch.tensor(1e-30) * torch.tensor(1e-10)) == 0
+
+
 def test_load_gives_the_policy(finished):
     policy = sac.load(finished)
     one, many = policy.act([1.0, 0.0, 0.5]), policy.act(np.zeros((7, 3)))

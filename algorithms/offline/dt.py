@@ -232,7 +232,7 @@ class DecisionTransformer(nn.Module):
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(config.dropout)
         blocks = [Block(dim, config.dropout) for _ in range(config.hidden_layers)]
         self.blocks, self.head = nn.Sequential(*blocks, nn.LayerNorm(dim)), nn.Linear(dim, act_dim)
-        # as GPT-2's; the embeddings are as torch's: without a bias the norm would hide a return's size
+        # as GPT-2's; embeddings and head are as torch makes them, which is what the paper's code does
         for layer in (part for part in self.blocks.modules() if isinstance(part, nn.Linear)):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
