@@ -210,13 +210,13 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self.kept = nn.Dropout(dropout), slice(None)  # kept: the tokens that come out, of all
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm1(x)).unsqueeze(-3).chunk(3, -1)  # three of [..., 1 head, L, dim]
         dropout = self.dropout.p if self.training else 0.0
         mixed = nn.functional.scaled_dot_product_attention(*qkv, dropout_p=dropout, is_causal=True)
-        x = x + self.dropout(self.out(mixed.squeeze(-3)))
+        x = x[..., self.kept, :] + self.dropout(self.out(mixed.squeeze(-3)[..., self.kept, :]))
         return x + self.dropout(self.mlp(self.norm2(x).flatten(0, -2)).view_as(x))  # flat: faster compiled
 
 
@@ -231,6 +231,7 @@ class DecisionTransformer(nn.Module):
         self.embed_observation, self.embed_action = nn.Linear(obs_dim, dim), nn.Linear(act_dim, dim)
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(config.dropout)
         blocks = [Block(dim, config.dropout) for _ in range(config.hidden_layers)]
+        blocks[-1].kept = slice(1, None, 3)  # the observations', from which actions are read
         self.blocks, self.head = nn.Sequential(*blocks, nn.LayerNorm(dim)), nn.Linear(dim, act_dim)
         # as GPT-2's; embeddings and head are as torch makes them, which is what the paper's code does
         for layer in (part for part in self.blocks.modules() if isinstance(part, nn.Linear)):
@@ -243,8 +244,8 @@ class DecisionTransformer(nn.Module):
         observations = self.embed_observation(window["observations"])
         steps = returns_to_go, observations, self.embed_action(window["actions"])
         tokens = torch.stack(steps, -2) + self.embed_timestep(timesteps).unsqueeze(-2)  # [..., K, 3, dim]
-        outputs = self.blocks(self.dropout(self.norm(tokens.flatten(-3, -2))))  # [..., 3 K, dim]
-        return torch.tanh(self.head(outputs[..., 1::3, :]))  # at the observations' tokens
+        tokens = self.dropout(self.norm(tokens.flatten(-3, -2)))  # [..., 3 K, dim]
+        return torch.tanh(self.head(self.blocks(tokens)))
 
 
 # ------------------------ Plumbing: the same in every script, word for word ------------------------
