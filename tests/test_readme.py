@@ -101,11 +101,19 @@ def test_commands_are_real(scripts):
     assert called == {*targets} - {"help", "known-dataset", "lint"}
 
 
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)]+)\)", README)
-    assert len(links) >= 10
+@pytest.mark.parametrize(("file", "least"), [("README.md", 10), ("results/scores/README.md", 1)])
+def test_links_lead_somewhere(file, least):
+    """To a file, and to a heading where they name one."""
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / file).read_text())
+    assert len(links) >= least
     for link in links:
-        assert link.startswith("https://") or (ROOT / link).exists(), link
+        path, _, heading = link.partition("#")
+        target = ROOT / Path(file).parent / path
+        assert link.startswith("https://") or target.exists(), link
+        assert not heading or f"\n## {heading.title()}\n" in target.read_text(), link
+
+
+def test_files_named_in_commands_exist():
     for text in SHELL:
         for word in re.findall(r"(?:algorithms|configs)/[\w./-]+", text):
             assert (ROOT / word).exists(), word
