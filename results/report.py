@@ -468,7 +468,7 @@ def draw_aggregates(comparisons: list[Comparison], look: dict) -> Figure:
 
 def add_legend(figure: Figure, names: Iterable[str], look: dict) -> None:
     lines = [Line2D([], [], ls=look[name][0], color=look[name][1], lw=2, label=name) for name in names]
-    figure.legend(handles=lines, loc="outside upper left", ncols=6)
+    figure.legend(handles=lines, loc="outside upper left", ncols=int(figure.get_figwidth() / 1.2))  # inches
 
 
 def panels(count: int) -> tuple[Figure, list]:
