@@ -210,7 +210,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
-        self.dropout, self.kept = nn.Dropout(dropout), slice(None)  # kept: the tokens that come out, of all
+        self.dropout, self.kept = nn.Dropout(dropout), slice(None)  # kept: which of the L tokens come out
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm1(x)).unsqueeze(-3).chunk(3, -1)  # three of [..., 1 head, L, dim]
@@ -231,7 +231,7 @@ class DecisionTransformer(nn.Module):
         self.embed_observation, self.embed_action = nn.Linear(obs_dim, dim), nn.Linear(act_dim, dim)
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(config.dropout)
         blocks = [Block(dim, config.dropout) for _ in range(config.hidden_layers)]
-        blocks[-1].kept = slice(1, None, 3)  # the observations', from which actions are read
+        blocks[-1].kept = slice(1, None, 3)  # the observations' alone: actions are read from them
         self.blocks, self.head = nn.Sequential(*blocks, nn.LayerNorm(dim)), nn.Linear(dim, act_dim)
         # as GPT-2's; embeddings and head are as torch makes them, which is what the paper's code does
         for layer in (part for part in self.blocks.modules() if isinstance(part, nn.Linear)):
