@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import gymnasium as gym
@@ -13,7 +14,7 @@ import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
 
-pytest.register_assert_rewrite("oracles")
+pytest.register_assert_rewrite("oracles", "runs")
 from oracles import BATCH  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,11 +31,26 @@ def load_script(path: str):
     return sys.modules[name]
 
 
+def learner_class(script) -> type:
+    """The one class of a script that has an `update`."""
+    classes = [value for value in vars(script).values() if isinstance(value, type)]
+    (found,) = [cls for cls in classes if cls.__module__ == script.__name__ and hasattr(cls, "update")]
+    return found
+
+
+def new_learner(script, config, obs_dim: int, act_dim: int):
+    """A learner on the CPU whose scaler changes nothing."""
+    scaler = script.Scaler(np.zeros(obs_dim), np.ones(obs_dim), -np.ones(act_dim), np.ones(act_dim))
+    return learner_class(script)(config, scaler)
+
+
+OFFLINE = sorted(path.stem for path in (ROOT / "algorithms/offline").glob("*.py"))
+
+
 @pytest.fixture(scope="session")
 def scripts() -> dict:
     """{name: module} of the offline scripts."""
-    paths = (ROOT / "algorithms/offline").glob("*.py")
-    return {path.stem: load_script(f"offline/{path.name}") for path in paths}
+    return {name: load_script(f"offline/{name}.py") for name in OFFLINE}
 
 
 @pytest.fixture(scope="session")
@@ -145,6 +161,14 @@ def call(scripts, minari_root, monkeypatch, capsys):
         return status, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scratch():
+    """What mazes and started scripts leave behind in the folder for temporary files goes with the tests."""
+    with tempfile.TemporaryDirectory(prefix="reef-") as folder:  # a short path: Ray's sockets lie in it
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,10 @@
   python tests/same_code.py                  say where scripts disagree (exit status 1)
   python tests/same_code.py --write SCRIPT   copy the functions and classes that SCRIPT shares into the others
 
-Code is compared as syntax trees, so comments and line breaks may differ; `Config` is exempt. A copy takes
-along the decorators and the comment lines directly above, and leaves every other byte as it was. It copies no
-imports: `make lint` then names those that are missing or no longer used.
+Code is compared as syntax trees, so comments and line breaks may differ. `Config`, `train` and `load` are
+each script's own: they are exempt. Kinds of numbers (`Share = NewType("Share", float)`) must agree too. A
+copy takes along the decorators and the comment lines directly above, and leaves every other byte as it was.
+It copies no kinds of numbers and no imports: `make lint` names imports that are missing or no longer used.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-EXEMPT = {"Config"}
+EXEMPT = {"Config", "train", "load"}
 
 
 class Fault(Exception):
@@ -48,11 +49,23 @@ def definitions(path: Path, source: str) -> dict[str, ast.stmt]:
     return found
 
 
+def is_new_type(node: ast.stmt) -> bool:
+    """Whether a statement is `Name = NewType(...)`."""
+    call = getattr(node, "value", None)
+    return isinstance(node, ast.Assign) and isinstance(call, ast.Call) and ast.unparse(call.func) == "NewType"
+
+
+def new_types(source: str) -> dict[str, ast.stmt]:
+    """The module-level assignments `Name = NewType(...)` by name."""
+    return {ast.unparse(node.targets[0]): node for node in ast.parse(source).body if is_new_type(node)}
+
+
 def differences(root: Path) -> list[str]:
     """One line for each name whose code is not the same in all the scripts that have it."""
     versions = {}  # name -> syntax tree as text -> places
     for path in scripts(root):
-        for name, node in definitions(path, read(path)).items():
+        source = read(path)
+        for name, node in (definitions(path, source) | new_types(source)).items():
             place = f"{path.relative_to(root)}:{node.lineno}"
             versions.setdefault(name, {}).setdefault(ast.dump(node), []).append(place)
     return [

@@ -1,4 +1,4 @@
-"""AWAC: losses against NumPy, what they reduce to, the order of an update, runs, and a corridor it solves."""
+"""AWAC: losses against NumPy, what they reduce to, the order of an update."""
 
 import math
 from functools import partial
@@ -6,34 +6,35 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import short
+from conftest import load_script, new_learner
 from oracles import (
     ACT,
-    CPU,
     OBS,
     Constant,
+    assert_acts,
     assert_close,
+    assert_compiled_is_eager,
+    assert_critic_bootstraps_from_truncations,
     assert_loss_and_gradient,
     bellman,
+    fix_weights,
     gradients,
-    networks,
+    moved,
     perceptron,
     q_values,
-    same,
     slopes,
-    snapshot,
     summed_errors,
     weights,
 )
-from test_learning import OPTIMUM, learn, walk
-from test_learning import store as store_corridor
-from test_losses import episode, load, make, store
-from test_runs import assert_same_run, place
+from test_learning import OPTIMUM, learn, mostly, store, walk
+
+awac = load_script("offline/awac.py")
 
 
-@pytest.fixture
-def awac(scripts):
-    return scripts["awac"]
+def make(**fields):
+    """AWAC with small networks of fixed weights; the target's differ from the critic's."""
+    fields = {"hidden_dim": 4, "hidden_layers": 2, **fields}
+    return fix_weights(new_learner(awac, awac.Config(**fields), OBS, ACT))
 
 
 # ------------------------------------------- the actor in NumPy -------------------------------------------
@@ -77,34 +78,36 @@ def weighted_likelihood(layers, rows, weight) -> float:
 # ------------------------------------------------- losses -------------------------------------------------
 
 
-def test_critic_loss(awac, batch, rows):
+@pytest.mark.equation(1, 2)
+def test_critic_loss(batch, rows):
     """The target's action is the actor's and drawn; the target critics judge it, the smaller one counts."""
-    algorithm, (noise,) = make(awac, discount=0.9), normal(72)
-    actions = drawn(weights(algorithm.actor), rows["next_observations"], noise)
+    learner, (noise,) = make(discount=0.9), normal(72)
+    actions = drawn(weights(learner.actor), rows["next_observations"], noise)
     assert 0 < (np.abs(actions) == 1).mean() < 1  # some entries are clipped
-    q = q_values(weights(algorithm.target_critic), rows["next_observations"], actions)
+    q = q_values(weights(learner.target_critic), rows["next_observations"], actions)
     assert len({*np.sign(q[0] - q[1])[[0, 2]]}) == 2  # each is the smaller one in a row that counts
     target = bellman(rows, 0.9, np.minimum(*q))
-    loss, metrics = algorithm.critic_loss(batch)
+    loss, metrics = learner.critic_loss(batch)
     oracle = partial(summed_errors, rows=rows, target=target)
-    assert_loss_and_gradient(loss, algorithm.critic, oracle, [algorithm.actor, algorithm.target_critic])
-    q = q_values(weights(algorithm.critic), rows["observations"], rows["actions"])
+    assert_loss_and_gradient(loss, learner.critic, oracle, [learner.actor, learner.target_critic])
+    q = q_values(weights(learner.critic), rows["observations"], rows["actions"])
     assert metrics["critic/q_mean"].item() == pytest.approx(np.mean(q), rel=1e-5)
 
 
+@pytest.mark.equation(3, 4)
 @pytest.mark.parametrize("awac_lambda", [0.1, 0.3333, 2.0])
-def test_actor_loss(awac, batch, rows, awac_lambda):
+def test_actor_loss(batch, rows, awac_lambda):
     """The weight is a number, of the critics that are trained and not of their targets."""
-    algorithm, (noise,) = make(awac, awac_lambda=awac_lambda), normal(0)
-    critic, actor = weights(algorithm.critic), weights(algorithm.actor)
+    learner, (noise,) = make(awac_lambda=awac_lambda), normal(0)
+    critic, actor = weights(learner.critic), weights(learner.actor)
     advantage = advantages(critic, actor, rows, noise)
     assert len({*np.sign(advantage)}) == 2
     assert len({*np.sign(np.subtract(*q_values(critic, rows["observations"], rows["actions"])))}) == 2
     weight = np.minimum(np.exp(advantage / awac_lambda), 100)
     assert (weight == 100).any() == (awac_lambda == 0.1)
-    loss, metrics = algorithm.actor_loss(batch)
+    loss, metrics = learner.actor_loss(batch)
     oracle = partial(weighted_likelihood, rows=rows, weight=weight)
-    assert_loss_and_gradient(loss, algorithm.actor, oracle, [algorithm.critic, algorithm.target_critic])
+    assert_loss_and_gradient(loss, learner.actor, oracle, [learner.critic, learner.target_critic])
     assert metrics["actor/weight"].item() == pytest.approx(weight.mean(), rel=1e-5)
 
 
@@ -119,6 +122,7 @@ class OfActions(torch.nn.Module):
         return (self.gain * (actions == self.actions).all(-1)).expand(2, -1)
 
 
+@pytest.mark.equation(3, 4)
 @pytest.mark.parametrize(
     ("advantage", "awac_lambda", "weight"),
     [
@@ -133,25 +137,27 @@ class OfActions(torch.nn.Module):
         (-1e4, 0.001, 0.0),
     ],
 )
-def test_weights_of_the_facts(awac, batch, advantage, awac_lambda, weight):
-    algorithm = make(awac, awac_lambda=awac_lambda)
-    algorithm.critic = OfActions(batch["actions"], advantage)
-    loss, metrics = algorithm.actor_loss(batch)
+def test_weights_of_the_facts(batch, advantage, awac_lambda, weight):
+    learner = make(awac_lambda=awac_lambda)
+    learner.critic = OfActions(batch["actions"], advantage)
+    loss, metrics = learner.actor_loss(batch)
     assert metrics["actor/weight"].item() == pytest.approx(weight, rel=1e-4)
-    log_prob = algorithm.actor.log_prob(batch["observations"], batch["actions"]).mean().item()
+    log_prob = learner.actor.log_prob(batch["observations"], batch["actions"]).mean().item()
     assert loss.item() == pytest.approx(-weight * log_prob, rel=1e-4)
 
 
-def test_without_advantages_the_actor_imitates(awac, batch, rows):
+@pytest.mark.equation(4)
+def test_without_advantages_the_actor_imitates(batch, rows):
     """Every weight is 1: maximum likelihood, whatever lambda."""
     for awac_lambda in (0.1, 10.0):
-        algorithm = make(awac, awac_lambda=awac_lambda)
-        algorithm.critic = Constant([[7.0] * 3, [9.0] * 3])
+        learner = make(awac_lambda=awac_lambda)
+        learner.critic = Constant([[7.0] * 3, [9.0] * 3])
         oracle = partial(weighted_likelihood, rows=rows, weight=np.ones(3))
-        assert_loss_and_gradient(algorithm.actor_loss(batch)[0], algorithm.actor, oracle, [])
+        assert_loss_and_gradient(learner.actor_loss(batch)[0], learner.actor, oracle, [])
 
 
-def test_log_prob_of_the_facts(awac):
+@pytest.mark.equation(4)
+def test_log_prob_of_the_facts():
     """At the mean, with deviation 1 and three entries, -log pi is 1.5 log(2 pi)."""
     actor = awac.UnboundedGaussianActor(OBS, 3, 4, 2)
     observations = torch.ones(1, OBS)
@@ -163,15 +169,16 @@ def test_log_prob_of_the_facts(awac):
 
 
 @pytest.mark.parametrize(("log_std", "bounded"), [(9.0, 2.0), (2.0, 2.0), (-30.0, -20.0), (-19.0, -19.0)])
-def test_log_deviation_is_bounded(awac, batch, log_std, bounded):
-    actor, observations = make(awac).actor, batch["observations"]
+def test_log_deviation_is_bounded(batch, log_std, bounded):
+    actor, observations = make().actor, batch["observations"]
     actor.log_std.data.fill_(log_std)
     mean = actor(observations).detach()
     wanted = -ACT * (bounded + 0.5 * math.log(2 * math.pi))
     assert actor.log_prob(observations, mean).tolist() == pytest.approx([wanted] * 3, rel=1e-5)
 
 
-def test_samples_are_normal_and_clipped(awac):
+@pytest.mark.equation(4)
+def test_samples_are_normal_and_clipped():
     actor = awac.UnboundedGaussianActor(OBS, ACT, 4, 2)
     for weight in actor.net.parameters():
         weight.data.zero_()
@@ -192,57 +199,44 @@ def test_samples_are_normal_and_clipped(awac):
 # ------------------------------------------------- update -------------------------------------------------
 
 
-def test_updates_critic_then_actor_then_target(awac, batch, rows):
+@pytest.mark.equation(1, 2, 3, 4, 5)
+def test_updates_critic_then_actor_then_target(batch, rows):
     """Each step's gradient is that of its loss with the networks as the steps before it left them."""
-    algorithm = make(awac, awac_lambda=0.3333, discount=0.99, tau=0.005, actor_lr=0.1, critic_lr=0.1)
-    critic, actor, target = (weights(getattr(algorithm, n)) for n in ("critic", "actor", "target_critic"))
+    learner = make(awac_lambda=0.3333, discount=0.99, tau=0.005, actor_lr=0.1, critic_lr=0.1)
+    critic, actor, target = (weights(getattr(learner, n)) for n in ("critic", "actor", "target_critic"))
     first, second = normal(0, 2)
-    algorithm.update(batch)
-    new = weights(algorithm.critic)
+    learner.update(batch)
+    new = weights(learner.critic)
     ahead = smaller(target, rows["next_observations"], drawn(actor, rows["next_observations"], first))
     y = bellman(rows, 0.99, ahead)
     errors = partial(summed_errors, rows=rows, target=y)
-    assert_close(gradients(algorithm.critic), slopes(errors, critic), 1e-4)
-    assert_close(weights(algorithm.target_critic), [0.995 * a + 0.005 * b for a, b in zip(target, new)], 1e-6)
+    assert_close(gradients(learner.critic), slopes(errors, critic), 1e-4)
+    assert_close(weights(learner.target_critic), [0.995 * a + 0.005 * b for a, b in zip(target, new)], 1e-6)
 
     def wanted(by):
         weight = np.minimum(np.exp(advantages(by, actor, rows, second) / 0.3333), 100)
         return slopes(partial(weighted_likelihood, rows=rows, weight=weight), actor)
 
-    assert_close(gradients(algorithm.actor), wanted(new), 1e-3)
+    assert_close(gradients(learner.actor), wanted(new), 1e-3)
     assert max(np.abs(a - b).max() for a, b in zip(wanted(critic), wanted(new))) > 1e-2  # the old would show
 
 
-@pytest.mark.parametrize("moved", ["critic", "actor"])
-def test_an_optimiser_moves_its_own_network_only(awac, batch, moved):
-    rates = {f"{name}_lr": 0.01 * (name == moved) for name in ("critic", "actor")}
-    algorithm = make(awac, tau=0.0, **rates)
-    before = {name: snapshot(network) for name, network in networks(algorithm).items()}
-    algorithm.update(batch)
-    after = networks(algorithm).items()
-    assert [name for name, network in after if not same(network, before[name])] == [moved]
+@pytest.mark.parametrize("network", ["critic", "actor"])
+def test_an_optimiser_moves_its_own_network_only(batch, network):
+    rates = {f"{name}_lr": 0.01 * (name == network) for name in ("critic", "actor")}
+    assert moved(make(tau=0.0, **rates), batch) == [network]
 
 
-def test_compiled_updates_equal_eager_ones_and_the_target_is_the_exact_average(awac, batch):
-    twins, histories = [make(awac, tau=0.1) for _ in range(2)], []
-    assert awac.compile_losses(twins[1], CPU)
-    for algorithm in twins:
-        wanted, history = weights(algorithm.target_critic), []
-        for update in range(5):
-            torch.manual_seed(update)
-            history += [float(value) for value in algorithm.update(batch).values()]
-            wanted = [0.9 * old + 0.1 * new for old, new in zip(wanted, weights(algorithm.critic))]
-        assert_close(weights(algorithm.target_critic), wanted, 1e-6)
-        histories.append(history)
-    assert histories[1] == pytest.approx(histories[0], rel=1e-4, abs=1e-5)
-    assert_close(weights(twins[1].actor), weights(twins[0].actor), 1e-4)
+@pytest.mark.equation(5)
+def test_compiled_updates_equal_eager_ones_and_the_target_is_the_exact_average(batch):
+    assert_compiled_is_eager(awac, [make(tau=0.1), make(tau=0.1)], batch)
 
 
 # ------------------------------------------- differences and data -------------------------------------------
 
 
-def test_form_and_numbers_are_corls(awac):
-    config, layers = awac.Config(), awac.Algorithm(awac.Config(), OBS, ACT, CPU)
+def test_form_and_numbers_are_corls():
+    config, layers = awac.Config(), new_learner(awac, awac.Config(), OBS, ACT)
     wanted = {"hidden_dim": 256, "hidden_layers": 3, "batch_size": 256, "awac_lambda": 0.3333}
     wanted |= {"actor_lr": 3e-4, "critic_lr": 3e-4, "discount": 0.99, "tau": 0.005, "normalize_states": True}
     wanted |= {"updates": 1_000_000, "normalize_rewards": False, "reward_scale": 1.0, "reward_shift": 0.0}
@@ -257,69 +251,32 @@ def test_form_and_numbers_are_corls(awac):
     assert [optimizer.param_groups[0]["weight_decay"] for optimizer in optimizers] == [0, 0]
 
 
-def test_a_truncation_bootstraps_from_its_last_observation(awac, minari_root):
-    """One episode terminates after a step, one is cut after two: three transitions."""
-    ended = episode([[0.1, 0.2, 0.3], [0.4, -0.5, 0.6]], [1.0], terminated=True)
-    cut = episode([[1.0, -1.1, 1.2], [1.3, 1.4, -1.5], [-1.6, 1.7, 1.8]], [2.0, 4.0], terminated=False)
-    dataset = store("test/awac/endings-v0", [ended, cut])
-    algorithm, data = load(awac, dataset, discount=0.9, normalize_states=False)
-    algorithm.actor.log_std.data.fill_(-20.0)  # no noise to speak of
-    actor, after = weights(algorithm.actor), np.array([[1.3, 1.4, -1.5], [-1.6, 1.7, 1.8]])
-    ahead = smaller(weights(algorithm.target_critic), after, drawn(actor, after, np.zeros((2, ACT))))
-    target = np.array([1.0, 2.0 + 0.9 * ahead[0], 4.0 + 0.9 * ahead[1]])
-    rows = {key: column.numpy().astype(np.float64) for key, column in data.items()}
-    oracle = summed_errors(weights(algorithm.critic), rows, target)
-    assert_close(algorithm.critic_loss(data)[0].item(), oracle)
+def test_a_truncation_bootstraps_from_its_last_observation(minari_root):
+    learner = make(discount=0.9)
+    learner.actor.log_std.data.fill_(-20.0)  # no noise to speak of
+
+    def next_values(observations):
+        actions = drawn(weights(learner.actor), observations, np.zeros((len(observations), ACT)))
+        return smaller(weights(learner.target_critic), observations, actions)
+
+    assert_critic_bootstraps_from_truncations(awac, learner, next_values)
 
 
-def test_acts_by_the_clipped_mean_in_the_environments_units(awac, rows):
-    algorithm = make(awac)
-    algorithm.units.low, algorithm.units.high = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 4.0])
-    algorithm.units.mean, algorithm.units.std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([1.0, 2.0, 0.5])
-    standard = (rows["observations"] - [0.1, 0.2, 0.3]) / [1.0, 2.0, 0.5]
-    mean = drawn(weights(algorithm.actor), standard, np.zeros((3, ACT)))
-    assert 0 < (np.abs(mean) == 1).mean() < 1
-    for _ in range(2):
-        assert_close(algorithm.act(rows["observations"]), 2 * mean + [0.0, 2.0])
+def test_acts_by_the_clipped_mean_in_the_environments_units(rows):
+    learner = make()
+
+    def mean(observations):
+        found = drawn(weights(learner.actor), observations, np.zeros((len(observations), ACT)))
+        assert 0 < (np.abs(found) == 1).mean() < 1
+        return found
+
+    assert_acts(learner, rows, mean)
 
 
-# --------------------------------------------- runs, learning ---------------------------------------------
+# ------------------------------------------------ learning ------------------------------------------------
 
 
-def test_a_resumed_run_ends_in_the_same_bits(awac, call, pendulum, tmp_path):
-    for folder, updates in (("one", 40), ("one", 80), ("other", 80)):
-        status, out, err = call("awac", *short(pendulum, tmp_path / folder, updates=updates))
-        assert status == 0, err
-        assert ("resumed at update 40" in out) == (folder == "one" and updates == 80)
-    one, other = (place(tmp_path / folder, "awac", pendulum) for folder in ("one", "other"))
-    assert_same_run(one, other)
-    policies = [awac.load(folder) for folder in (one, other)]
-    observation = np.array([0.6, 0.8, -1.0])
-    assert policies[0].act(observation).tolist() == policies[1].act(observation).tolist()
-    assert policies[0].act(observation).shape == (1,)
-
-
-def test_held_out_measurement_leaves_no_trace(awac, batch):
-    algorithm = make(awac)
-    before, state = snapshot(algorithm.actor), torch.get_rng_state()
-    found = awac.measure_heldout(algorithm, batch)
-    names = {"critic/loss", "critic/q_mean", "actor/loss", "actor/weight", "actor/support_gap"}
-    assert found.keys() == {f"heldout/{name}" for name in names}
-    assert torch.equal(state, torch.get_rng_state())
-    assert same(algorithm.actor, before)
-
-
-@pytest.fixture(scope="module")
-def corridor(minari_root):
-    return store_corridor("test/corridor/awac-v0", [walk(seed) for seed in range(400)])
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_reaches_the_optimum_where_imitation_goes_nowhere(scripts, corridor, seed):
-    assert learn(scripts["bc"], corridor, seed, 500) < 4 * OPTIMUM
-    found = learn(scripts["awac"], corridor, seed, 1000, awac_lambda=0.1, hidden_layers=2)
-    assert found >= OPTIMUM - 0.5
-
-
-def test_with_a_large_lambda_it_imitates(scripts, corridor):
-    assert learn(scripts["awac"], corridor, 0, 500, awac_lambda=1e6, hidden_layers=2) < 2 * OPTIMUM
+def test_with_a_large_lambda_it_imitates(minari_root):
+    """In the corridor that it crosses the shortest way otherwise (tests/test_learning.py)."""
+    wanderings = store("test/corridor/awac-v0", [walk(seed) for seed in range(400)])
+    assert mostly(learn(awac, wanderings, awac_lambda=1e6), -math.inf, 2 * OPTIMUM)

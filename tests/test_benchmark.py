@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import resource
 import runpy
 import shutil
 import signal
@@ -23,7 +22,9 @@ import psutil
 import pytest
 import yaml
 from conftest import ROOT, short
-from test_runs import assert_same_run, record
+
+pytest.register_assert_rewrite("runs")
+from runs import assert_same_run, record  # noqa: E402
 
 # A learner that counts, with what a script promises: Config, Run.FREE, run folder, resuming, exit statuses.
 TOY = '''\
@@ -31,29 +32,27 @@ import dataclasses, json, os, sys, time
 from pathlib import Path
 from typing import Optional
 
-def limit(default, low=0, high=9):
-    return dataclasses.field(default=default)
+Count = int
 
 @dataclasses.dataclass
 class Config:
     """Toy."""
 
     dataset: str = "test/one-v0"  # id
-    seed: int = limit(0, low=0)
+    seed: int = 0
     variant: str = "default"
-    updates: int = 3
+    updates: Count = 3
     eval_every: int = 5000
     pause: float = 0.0  # seconds of an update
     fails: int = 0  # exit status in the second update
-    flag: bool = limit(True)
+    flag: bool = True
     note: Optional[float] = None
-    threads: int = limit(0)
+    threads: int = 0
     output_dir: str = "results/runs"
     wandb_mode: str = "offline"
 
-class Algorithm:
-    def __init__(self):
-        self.free = ()
+class Learner:
+    FREE = ()
 
 class Run:
     """Its folder."""
@@ -81,7 +80,13 @@ def main():
     facts |= {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}
     with open(folder / "launches", "a") as file:
         print(json.dumps(facts), file=file)
-    info = {"status": "running", "config": config}
+    info, record = {"status": "running", "config": config}, folder / "run.json"
+    if record.exists():
+        old = json.loads(record.read_text())["config"]
+        changed = [name for name in config if name not in Run.FREE and old.get(name) != config[name]]
+        if changed:
+            print("a run of another config:", *changed, file=sys.stderr)
+            sys.exit(2)
     def note(**more):
         info.update(more)
         (folder / "run.json.new").write_text(json.dumps(info))
@@ -392,25 +397,41 @@ def test_what_is_finished_is_skipped(root, benchmark):
 
 
 def test_other_settings_are_left_to_the_script(root, benchmark):
-    """It knows whether a run can go on with them, or says what differs."""
-    write_config(root, "offline/toy/test/one-v0", dataset="test/one-v0", updates=5)
-    matrix, folder = write_matrix(root, algorithms=["toy"], overrides={"updates": 3}), place(root)
+    """It says what differs, and its refusal is shown."""
+    matrix, folder = write_matrix(root, algorithms=["toy"]), place(root)
     assert benchmark(matrix)[0] == 0
-    assert benchmark(write_matrix(root, algorithms=["toy"]))[0] == 0  # more
-    assert len(launches(folder)) == 2
-    assert (folder / "log.txt").read_text().endswith("begins at 3\n")
-    assert record(folder)["config"]["updates"] == 5
-    write_config(root, "offline/toy/test/one-v0", dataset="test/one-v0", updates=4)
-    assert benchmark(matrix)[0] == 0  # fewer
-    assert len(launches(folder)) == 3
-    write_config(root, "offline/toy/test/one-v0", dataset="test/one-v0", updates=4, eval_every=3)
-    assert benchmark(matrix)[0] == 0
-    assert len(launches(folder)) == 4
+    finished = record(folder)
+    for count, changed in enumerate(({"updates": 5}, {"updates": 2}, {"eval_every": 3}), start=2):
+        write_config(root, "offline/toy/test/one-v0", dataset="test/one-v0", **changed)
+        status, out, _ = benchmark(matrix)
+        assert status == 1
+        assert "FAILED, exit status 2" in out
+        assert f"    a run of another config: {next(iter(changed))}\n" in out
+        assert len(launches(folder)) == count
+    assert record(folder) == finished
+    write_config(root, "offline/toy/test/one-v0", dataset="test/one-v0")
+    assert benchmark(matrix) == (0, "all 1 runs are finished\n", "")
     script = root / "algorithms/offline/toy.py"
-    script.write_text(TOY.replace("flag: bool = limit(True)", "flag: bool = False"))
+    script.write_text(TOY.replace("flag: bool = True", "flag: bool = False"))  # a default counts as well
     shutil.copy(root / "results/benchmark.py", root / "results/again.py")
-    subprocess.run([sys.executable, "results/again.py", matrix], cwd=root, check=True, capture_output=True)
-    assert len(launches(folder)) == 5
+    command = [sys.executable, "results/again.py", matrix]
+    done = subprocess.run(command, cwd=root, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "    a run of another config: flag\n" in done.stdout
+
+
+@pytest.mark.parametrize("content", ["{", "", "[]", '{"status": "finished"}'])
+def test_a_damaged_record_is_left_to_the_script(root, benchmark, content):
+    matrix, folder = write_matrix(root, algorithms=["toy"]), place(root)
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(content)
+    status, out, _ = benchmark(matrix, "--list")
+    assert status == 0
+    assert out.startswith(f"missing {os.path.relpath(folder)}\n")
+    status, out, _ = benchmark(matrix)
+    assert status == 1
+    assert "FAILED, exit status " in out
+    assert len(launches(folder)) == 1
 
 
 def test_what_was_cut_off_goes_on(root, benchmark):
@@ -481,6 +502,7 @@ def test_processes_at_once(root, benchmark):
     assert benchmark(matrix, "--processes", "1")[0] == 0
     spans = times(root, 3)
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+    shutil.rmtree(root / "results/runs")
     matrix = write_matrix(root, algorithms=["toy"], seeds=3, overrides={"pause": 1.0, "updates": 6})
     assert benchmark(matrix, "--processes", "3")[0] == 0
     spans = times(root, 3)
@@ -760,29 +782,25 @@ def test_long_runs_come_first(root, benchmark, scores):
     assert sorted(runs, key=lambda folder: launches(folder)[0]["begin"]) == [runs[2], runs[1], runs[0]]
 
 
-def test_500_runs_are_scanned_in_two_seconds(root, scripts):
-    """490 finished ones, made by hand, of real scripts."""
+def test_records_of_real_scripts_are_understood(root, benchmark, scripts):
+    """86 finished ones and 10 that were cut off, made by hand; 4 are missing."""
     for name in ("bc", "td3_bc"):
         shutil.copy(ROOT / f"algorithms/offline/{name}.py", root / "algorithms/offline")
         for number in range(5):
             dataset = f"many/set-v{number}"
             write_config(root, f"offline/{name}/{dataset}", dataset=dataset, eval_episodes=100)
-            for seed in range(50 - 2 * (number == 4)):
+            for seed in range(8 if number == 4 else 10):
                 folder = place(root, name, dataset, seed)
                 config = scripts[name].Config(dataset=dataset, seed=seed, eval_episodes=100)
-                info = {"config": dataclasses.asdict(config), "wall_seconds": 100.0, "padding": "x" * 1000}
+                info = {"config": dataclasses.asdict(config), "wall_seconds": 100.0}
                 info |= {"status": "running" if number == seed else "finished"}
                 folder.mkdir(parents=True)
                 (folder / "run.json").write_text(json.dumps(info, indent=1))
-    matrix = write_matrix(root, algorithms=["bc", "td3_bc"], datasets=["many/*"], seeds=50)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "results/benchmark.py", matrix, "--list"]
-    done = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.stdout.count("missing ") == 4
-    assert done.stdout.count("started ") == 10
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert seconds < 2, f"{seconds} seconds of CPU"
+    matrix = write_matrix(root, algorithms=["bc", "td3_bc"], datasets=["many/*"], seeds=10)
+    status, out, _ = benchmark(matrix, "--list")
+    assert status == 0
+    assert out.count("missing ") == 4
+    assert out.count("started ") == 10
 
 
 # --------------------------------------------- The real scripts --------------------------------------------
@@ -792,7 +810,7 @@ def test_500_runs_are_scanned_in_two_seconds(root, scripts):
 def real(root, minari_root, monkeypatch):
     """The same repository with BC and TD3+BC instead of toys, on a pendulum, for a moment."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(minari_root))
-    write_real(root, updates=1500, eval_every=500, checkpoint_every=50, log_every=50)
+    write_real(root, updates=600, eval_every=300, checkpoint_every=50, log_every=50)
     return root
 
 
@@ -850,19 +868,6 @@ def test_scripts_are_read_as_they_are(module, scripts):
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert not {"torch", "ray", "wandb", "pandas"} & imported
-
-
-def test_two_runs_on_two_cores_are_twice_as_fast(real, pendulum, benchmark):
-    """Needs both cores for itself, so it is asked for: REEF_TIMING=1 pytest -k twice_as_fast."""
-    if "REEF_TIMING" not in os.environ:
-        pytest.skip("a measurement, for a quiet machine: REEF_TIMING=1")
-    write_real(real, updates=10_000, eval_every=10_000, log_every=1000, hidden_dim=256, batch_size=256)
-    matrix, speeds = write_matrix(real, algorithms=["td3_bc"], datasets=[pendulum], seeds=2), {}
-    for processes in (1, 2):
-        assert benchmark(matrix, "--processes", processes, "--output_dir", f"runs-{processes}")[0] == 0
-        infos = [json.loads(file.read_text()) for file in (real / f"runs-{processes}").rglob("run.json")]
-        speeds[processes] = sum(info["updates_per_second"] for info in infos) / len(infos)
-    assert speeds[2] >= 0.95 * speeds[1], speeds
 
 
 # ------------------------------------------- Sweeps, our matrices ------------------------------------------

@@ -11,6 +11,7 @@ import gymnasium
 import gymnasium_robotics
 import pytest
 import yaml
+from conftest import OFFLINE
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*") if path.is_file())
@@ -23,7 +24,6 @@ MAZES.append("reef/pointmaze/large-stitch-v0")
 LEVELS = ("random", "medium", "medium-replay", "medium-expert", "expert", "expert-narrow")
 BODIES = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
 WALKERS = [f"reef/{body}/{level}-v0" for body in BODIES for level in LEVELS]
-ALGORITHMS = sorted(path.stem for path in (ROOT / "algorithms/offline").glob("*.py"))
 MAX_LINES = 8
 
 
@@ -52,6 +52,7 @@ def load(path: Path):
     return sys.modules[name]
 
 
+@cache
 def read(file: str) -> dict:
     return yaml.safe_load((ROOT / file).read_text())
 
@@ -62,64 +63,107 @@ def location(file: str) -> str:
     return "/".join(["reef", *rest]) if family == "collect" else "/".join(rest[1:])
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_loads_into_its_script(file):
-    assert file.endswith(".yaml")
-    values, script = read(file), script_of(file)
-    config = script.parse_config(["--config_path", str(ROOT / file)])
-    defaults = {field.name: field.default for field in dataclasses.fields(script.Config)}
-    assert set(values) <= set(defaults)
-    for name, value in values.items():
-        loaded = getattr(config, name)
-        assert loaded == value, f"{name}: YAML reads {value!r}, the script {loaded!r}"
-        assert isinstance(loaded, bool) == isinstance(value, bool)
-        if name not in ("dataset", "environment"):  # these are said even where they are the default
-            assert loaded != defaults[name], f"{name}: {value} is the default"
-    for name in set(defaults) - set(values):
-        assert getattr(config, name) == defaults[name]
-
-
-@pytest.mark.parametrize("file", RECIPES + LEARNERS)
-def test_agrees_with_its_path(file):
+def loading_faults(file: str) -> list[str]:
+    """What the script makes of a file that the file doesn't say, and what the file says for nothing."""
+    script, faults = script_of(file), []
+    try:
+        config = script.parse_config(["--config_path", str(ROOT / file)])
+    except script.UserError as error:
+        return [f"{file}: {error}"]
     values = read(file)
-    variant = f"-{values['variant']}" if "variant" in values else ""
-    assert location(file) == values["dataset"] + variant
+    for field in dataclasses.fields(script.Config):
+        name, loaded = field.name, getattr(config, field.name)
+        wanted = values.get(name, field.default)
+        if loaded != wanted or isinstance(loaded, bool) != isinstance(wanted, bool):
+            faults.append(f"{file}: {name} should be {wanted!r}, the script has {loaded!r}")
+        said_anyway = name in ("dataset", "environment")  # even where they are the default
+        if name in values and loaded == field.default and not said_anyway:
+            faults.append(f"{file}: {name}: {loaded!r} is the default")
+    return faults
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_is_short_and_names_a_field_once(file):
-    lines = (ROOT / file).read_text().splitlines()
-    assert len(lines) <= MAX_LINES
-    assert len([line for line in lines if not line.startswith("#")]) == len(read(file))
+def test_every_file_loads_into_its_script():
+    assert [file for file in FILES if not file.endswith(".yaml")] == []
+    assert [fault for file in FILES for fault in loading_faults(file)] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("alpha: 2.5", "alpha: 2.5 is the default"),
+        ("alhpa: 2.0", "did you mean alpha"),
+        ("updates: 0", "updates"),
+        ("normalize_states: 1", "normalize_states"),
+        ("seed: 3", ""),
+    ],
+)
+def test_a_file_at_fault_is_noticed(tmp_path, monkeypatch, line, fault):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    script = load(Path(__file__).resolve().parents[1] / "algorithms/offline/td3_bc.py")
+    monkeypatch.setattr(sys.modules[__name__], "script_of", lambda file: script)
+    (tmp_path / "a.yaml").write_text(f"dataset: reef/pointmaze/umaze-v0\n{line}\n")
+    read.cache_clear()
+    found = loading_faults("a.yaml")
+    read.cache_clear()
+    assert len(found) == bool(fault)
+    assert all(fault in line for line in found)
+
+
+def test_every_file_agrees_with_its_path():
+    faults = []
+    for file in RECIPES + LEARNERS:
+        values = read(file)
+        variant = f"-{values['variant']}" if "variant" in values else ""
+        if location(file) != values["dataset"] + variant:
+            faults.append(f"{file}: {values['dataset']}{variant}")
+    assert faults == []
+
+
+def test_every_file_is_short_and_names_a_field_once():
+    faults = []
+    for file in FILES:
+        lines = (ROOT / file).read_text().splitlines()
+        fields = [line for line in lines if not line.startswith("#")]
+        if len(lines) > MAX_LINES or len(fields) != len(read(file)):
+            faults.append(f"{file}: {len(lines)} lines, {len(fields)} of fields, {len(read(file))} fields")
+    assert faults == []
 
 
 def test_every_local_dataset_has_its_recipe():
     assert sorted(read(file)["dataset"] for file in RECIPES) == sorted(MAZES + WALKERS)
 
 
-@pytest.mark.parametrize("dataset", WALKERS)
-def test_recipes_of_walkers_take_their_own_environment_and_policies(dataset):
-    _, body, level = dataset.removesuffix("-v0").split("/")
-    file = f"configs/collect/{body}/{level}-v0.yaml"
-    config = script_of(file).parse_config(["--config_path", str(ROOT / file)])
+def test_recipes_of_walkers_take_their_own_environment_and_policies():
     policies = {"medium-replay": "replay-*", "medium-expert": "medium expert", "expert-narrow": "expert"}
-    assert config.environment == BODIES[body]
-    assert config.policies == policies.get(level, level)
-    assert config.folder == f"results/behavior/{body}" or level == "random"
-    assert config.episodes == (10 if level == "expert-narrow" else 0)
-    assert (config.steps, config.seed) == (200_000, 0)
+    faults = []
+    for dataset in WALKERS:
+        _, body, level = dataset.removesuffix("-v0").split("/")
+        file = f"configs/collect/{body}/{level}-v0.yaml"
+        config = script_of(file).parse_config(["--config_path", str(ROOT / file)])
+        wanted = {"environment": BODIES[body], "policies": policies.get(level, level)}
+        wanted |= {"steps": 200_000, "seed": 0, "episodes": 10 if level == "expert-narrow" else 0}
+        if level != "random":
+            wanted["folder"] = f"results/behavior/{body}"
+        for name, value in wanted.items():
+            if getattr(config, name) != value:
+                faults.append(f"{file}: {name} is {getattr(config, name)!r}, not {value!r}")
+    assert faults == []
 
 
-@pytest.mark.parametrize("file", LEARNERS)
-def test_references_are_those_of_the_table(file):
-    values, table = read(file), references()
-    found = {name: values[name] for name in ("ref_min", "ref_max") if name in values}
-    if values["dataset"].startswith("reef/"):  # these carry their references
-        assert found == {}
-        assert (ROOT / "configs/collect" / (values["dataset"].removeprefix("reef/") + ".yaml")).is_file()
-    else:
-        row = table[values["dataset"]]
-        assert found == {"ref_min": float(row["ref_min"]), "ref_max": float(row["ref_max"])}
+def test_references_are_those_of_the_table():
+    table, faults = references(), []
+    for file in LEARNERS:
+        values = read(file)
+        found = {name: values[name] for name in ("ref_min", "ref_max") if name in values}
+        if values["dataset"].startswith("reef/"):  # these carry their references
+            recipe = ROOT / "configs/collect" / (values["dataset"].removeprefix("reef/") + ".yaml")
+            if found or not recipe.is_file():
+                faults.append(f"{file}: {found}, recipe {recipe}")
+        else:
+            row = table[values["dataset"]]
+            if found != {name: float(row[name]) for name in ("ref_min", "ref_max")}:
+                faults.append(f"{file}: {found}, the table has {row}")
+    assert faults == []
 
 
 def test_the_table_of_references():
@@ -138,7 +182,7 @@ def test_the_table_of_references():
         assert row["dataset"].startswith("D4RL/pointmaze/") == ("unchecked" in row["source"])
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", OFFLINE)
 def test_every_dataset_has_its_config(algorithm):
     here = [file for file in LEARNERS if file.startswith(f"configs/offline/{algorithm}/")]
     plain = [read(file)["dataset"] for file in here if "variant" not in read(file)]
@@ -153,12 +197,13 @@ def test_every_maze_and_walker_has_its_ten_percent_imitation():
     assert all((values["variant"], values["fraction"]) == ("top10", 0.1) for values in top10)
 
 
-@pytest.mark.parametrize("file", [file for file in LEARNERS if "/reef/" in file])
-def test_local_datasets_are_learnt_for_50_000_updates(file):
-    slow = "/cql/" in file or "/dt/" in file
-    assert read(file)["updates"] == (10_000 if slow else 50_000)
+def test_local_datasets_are_learnt_for_50_000_updates():
+    wanted = {file: 10_000 if "/cql/" in file or "/dt/" in file else 50_000 for file in LEARNERS}
+    found = {file: read(file)["updates"] for file in LEARNERS if "/reef/" in file}
+    assert [f"{file}: {updates}" for file, updates in found.items() if updates != wanted[file]] == []
 
 
-@pytest.mark.parametrize("file", LEARNERS)
-def test_mazes_are_evaluated_over_100_episodes(file):
-    assert (read(file).get("eval_episodes") == 100) == ("maze" in read(file)["dataset"])
+def test_mazes_are_evaluated_over_100_episodes():
+    """And nothing else is."""
+    mazes = [file for file in LEARNERS if "maze" in read(file)["dataset"]]
+    assert [file for file in LEARNERS if read(file).get("eval_episodes") == 100] == mazes

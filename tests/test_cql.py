@@ -1,5 +1,5 @@
 """algorithms/offline/cql.py: every loss term against NumPy calculations written from the paper's equations,
-numbers in closed form, what an update moves, resuming, and a problem with a known answer.
+numbers in closed form, what an update moves, and resuming.
 """
 
 import json
@@ -10,39 +10,36 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, load_script, short
+from conftest import ROOT, load_script, new_learner, short
 from oracles import (
     ACT,
     BATCH,
-    CPU,
     OBS,
+    assert_acts,
     assert_close,
+    assert_compiled_is_eager,
     assert_loss_and_gradient,
+    fix_weights,
     gradients,
-    perceptron,
+    policy,
     q_values,
     slopes,
     squashed,
     weights,
 )
-from test_learning import OPTIMUM, learn, store, walk
-from test_runs import equal
+from runs import at_update, equal, stop
 from torch import nn
 
 N = 2  # sampled actions of each kind
 cql = load_script("offline/cql.py")
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is set to None|env_spec is None)")  # Minari's advice
+
 
 def make(**fields):
     """CQL with small networks of fixed weights; the target's differ from the critic's. alpha is 0.3."""
     fields = {"hidden_dim": 4, "hidden_layers": 2, "cql_actions": N, **fields}
-    algorithm = cql.CQL(cql.Config(**fields), OBS, ACT, CPU)
-    rng = np.random.default_rng(4)  # so that each critic is the smaller one in some row
-    for network in (algorithm.actor, algorithm.critic, algorithm.target_critic):
-        for weight in network.parameters():
-            weight.data = torch.tensor(rng.normal(scale=0.7, size=weight.shape), dtype=torch.float32)
-    algorithm.temperature.log.data.fill_(math.log(0.3))
-    return algorithm
+    learner = fix_weights(new_learner(cql, cql.Config(**fields), OBS, ACT), 4)
+    learner.temperature.log.data.fill_(math.log(0.3))
+    return learner
 
 
 @pytest.fixture
@@ -73,12 +70,12 @@ def draws(monkeypatch):
 class Draws:
     """The random numbers of a critic's loss, and what NumPy makes of them for fixed actor and target."""
 
-    def __init__(self, algorithm, rows, target_actions: int, seed: int = 5):
+    def __init__(self, learner, rows, target_actions: int, seed: int = 5):
         rng, self.rows = np.random.default_rng(seed), rows
         self.target = rng.normal(size=(target_actions, 3, ACT))
         self.policies = rng.normal(size=(N, 2, 3, ACT))  # those of s and of s'
         self.uniform = rng.uniform(size=(N, 1, 3, ACT))
-        actor, target = weights(algorithm.actor), weights(algorithm.target_critic)
+        actor, target = weights(learner.actor), weights(learner.target_critic)
 
         table = []  # Q'_i(s', a') [target_actions, 2, B]
         for noise in self.target:
@@ -108,6 +105,7 @@ class Draws:
         return np.mean(temperature * np.log(total) - data, axis=1)
 
 
+@pytest.mark.equation(1, 2, 6, 7)
 @pytest.mark.parametrize("max_target_backup", [False, True])
 @pytest.mark.parametrize("fields", [
     {"cql_weight": 0.0},  # SAC without entropy in the target
@@ -117,8 +115,8 @@ class Draws:
 ])  # fmt: skip
 def test_critic_loss(batch, rows, draws, fields, max_target_backup):
     """(1), (2), (6) and the first half of (7). The square is not halved; no gradient reaches the actor."""
-    algorithm = make(discount=0.9, max_target_backup=max_target_backup, **fields)
-    drawn = Draws(algorithm, rows, N if max_target_backup else 1)
+    learner = make(discount=0.9, max_target_backup=max_target_backup, **fields)
+    drawn = Draws(learner, rows, N if max_target_backup else 1)
     temperature, threshold = fields.get("cql_temperature", 1.0), fields.get("lagrange_gap", 0.0)
     weight = fields["cql_weight"] * (math.e if threshold else 1)
 
@@ -126,23 +124,24 @@ def test_critic_loss(batch, rows, draws, fields, max_target_backup):
         return np.sum(drawn.errors(layers, 0.9) + weight * (drawn.gaps(layers, temperature) - threshold))
 
     draws([drawn.target, drawn.policies], drawn.uniform)
-    loss, metrics = algorithm.critic_loss(batch)
-    others = [algorithm.actor, algorithm.target_critic, algorithm.temperature, algorithm.multiplier]
-    assert_loss_and_gradient(loss, algorithm.critic, oracle, others)
-    layers = weights(algorithm.critic)
+    loss, metrics = learner.critic_loss(batch)
+    others = [learner.actor, learner.target_critic, learner.temperature, learner.multiplier]
+    assert_loss_and_gradient(loss, learner.critic, oracle, others)
+    layers = weights(learner.critic)
     assert metrics["critic/gap"].item() == pytest.approx(drawn.gaps(layers, temperature).mean(), rel=1e-5)
     q = q_values(layers, rows["observations"], rows["actions"])
     assert metrics["critic/q_mean"].item() == pytest.approx(q.mean(), rel=1e-5)
 
 
+@pytest.mark.equation(1)
 def test_without_weight_there_is_no_entropy_in_the_target(batch):
     """(1) does not know alpha, as the target of SAC does."""
     losses = []
     for alpha in (0.01, 10.0):
-        algorithm = make(cql_weight=0.0)
-        algorithm.temperature.log.data.fill_(math.log(alpha))
+        learner = make(cql_weight=0.0)
+        learner.temperature.log.data.fill_(math.log(alpha))
         torch.manual_seed(0)
-        losses.append(algorithm.critic_loss(batch)[0].item())
+        losses.append(learner.critic_loss(batch)[0].item())
     assert losses[0] == losses[1]
 
 
@@ -157,21 +156,22 @@ class Table(nn.Module):
         return torch.tensor([self.values[round(float(action[0]), 1)] for action in actions]).T
 
 
+@pytest.mark.equation(1, 2)
 def test_max_target_backup_is_the_best_action_by_the_lesser_critic(batch, rows):
     """Q' is (5, 1) for one action and (2, 4) for the other: 2, not the lesser of the best, 4."""
-    algorithm = make(cql_weight=0.0, max_target_backup=True, discount=0.5)
-    algorithm.target_critic = Table({0.1: (5.0, 1.0), 0.2: (2.0, 4.0)})
-    sample = algorithm.actor.sample
+    learner = make(cql_weight=0.0, max_target_backup=True, discount=0.5)
+    learner.target_critic = Table({0.1: (5.0, 1.0), 0.2: (2.0, 4.0)})
+    sample = learner.actor.sample
 
     def two_actions(observations, *count):
         if observations.ndim == 3:  # of (6)
             return sample(observations, *count)
         return torch.tensor([[[0.1] * ACT] * 3, [[0.2] * ACT] * 3]), torch.zeros(N, 3)
 
-    algorithm.actor.sample = two_actions
+    learner.actor.sample = two_actions
     target = rows["rewards"] + 0.5 * 2.0 * (1 - rows["terminations"])
-    q = q_values(weights(algorithm.critic), rows["observations"], rows["actions"])
-    loss = algorithm.critic_loss(batch)[0].item()
+    q = q_values(weights(learner.critic), rows["observations"], rows["actions"])
+    loss = learner.critic_loss(batch)[0].item()
     assert loss == pytest.approx(np.mean((q - target) ** 2, axis=1).sum(), rel=1e-5)
 
 
@@ -189,23 +189,25 @@ class ConstantCritic(nn.Module):
         return self.c.expand(2, len(actions))
 
 
+@pytest.mark.equation(2, 6)
 @pytest.mark.parametrize("c", [0.0, -7.0, 40.0])
 def test_gap_of_equal_values(c):
     """Three action entries, ten actions of each kind, a policy as dense as the uniform: ln 30 + 3 ln 2."""
-    algorithm = cql.CQL(cql.Config(hidden_dim=4), OBS, 3, CPU)
-    algorithm.critic = ConstantCritic(c)
-    sample = algorithm.actor.sample
-    algorithm.actor.sample = lambda observations, *count: (
+    learner = new_learner(cql, cql.Config(hidden_dim=4), OBS, 3)
+    learner.critic = ConstantCritic(c)
+    sample = learner.actor.sample
+    learner.actor.sample = lambda observations, *count: (
         sample(observations, *count)[0],
         torch.full((*count, *observations.shape[:-1]), -3 * math.log(2)),
     )
     batch = {key: torch.zeros(5, 3) for key in ("observations", "next_observations", "actions")}
     batch |= {"rewards": torch.zeros(5), "terminations": torch.ones(5)}
-    metrics = algorithm.critic_loss(batch)[1]
+    metrics = learner.critic_loss(batch)[1]
     assert metrics["critic/gap"].item() == pytest.approx(5.480639, abs=1e-5)
     assert metrics["critic/loss"].item() == pytest.approx(2 * (c**2 + 10 * 5.480639), rel=1e-5)
 
 
+@pytest.mark.equation(6)
 @pytest.mark.parametrize(
     ("count", "density", "gap"),
     [
@@ -215,41 +217,44 @@ def test_gap_of_equal_values(c):
     ],
 )
 def test_gap_of_equal_values_by_form(count, density, gap):
-    algorithm = make()
+    learner = make()
     q, q_b = torch.full((2, 4), 2.5), torch.full((2, count, 1, 4), 2.5)
     log_p = torch.full((count, 1, 4), math.log(density))
-    assert algorithm.gap(q, q_b, log_p).tolist() == pytest.approx([gap, gap], abs=1e-5)
+    assert learner.gap(q, q_b, log_p).tolist() == pytest.approx([gap, gap], abs=1e-5)
 
 
+@pytest.mark.equation(6)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_the_temperature_is_inside_and_outside_of_the_sum(temperature):
     """T log (n exp(c / T)) = c + T ln n; densities are divided by T too."""
-    algorithm = make(cql_temperature=temperature)
+    learner = make(cql_temperature=temperature)
     q, q_b = torch.zeros(2, 4), torch.full((2, 6, 5, 4), 1.7)
     log_p = torch.full((6, 5, 4), 0.9)
     expected = 1.7 - 0.9 + temperature * math.log(30)
-    assert algorithm.gap(q, q_b, log_p).tolist() == pytest.approx([expected] * 2, rel=1e-5)
+    assert learner.gap(q, q_b, log_p).tolist() == pytest.approx([expected] * 2, rel=1e-5)
 
 
+@pytest.mark.equation(6)
 def test_the_gradients_of_the_gap_over_all_values_sum_to_zero():
     """What the data's action is raised by, the others are lowered by: by their shares of the soft maximum."""
-    algorithm, rng = make(cql_temperature=0.6), np.random.default_rng(0)
+    learner, rng = make(cql_temperature=0.6), np.random.default_rng(0)
     values = [rng.normal(size=shape) for shape in ((2, 4), (2, 5, 3, 4), (5, 3, 4))]
     q, q_b, log_p = (torch.tensor(value, requires_grad=True) for value in values)
-    own, others = torch.autograd.grad(algorithm.gap(q, q_b, log_p).sum(), (q, q_b))
+    own, others = torch.autograd.grad(learner.gap(q, q_b, log_p).sum(), (q, q_b))
     np.testing.assert_allclose(own, -1 / 4, rtol=1e-6)  # a mean over four states
     np.testing.assert_allclose(own + others.sum((1, 2)), 0, atol=1e-12)
     shares = np.exp((values[1] - values[2]) / 0.6)
     np.testing.assert_allclose(others, shares / shares.sum((1, 2), keepdims=True) / 4, rtol=1e-6)
 
 
+@pytest.mark.equation(6)
 def test_the_gradients_of_the_plain_form_sum_to_zero_too():
     """There the data's own value is among the others: it is raised by 1 less its share."""
-    algorithm = make()
+    learner = make()
     q = torch.tensor([[0.3, -1.0]], requires_grad=True)
     q_b = torch.tensor([[[[1.0, 0.0]], [[-2.0, 0.5]]]], requires_grad=True)  # [1, 2, 1, 2]
     both = torch.cat([q_b, q[:, None, None]], 1)
-    own, others = torch.autograd.grad(algorithm.gap(q, both, torch.zeros(3, 1, 2)).sum(), (q, q_b))
+    own, others = torch.autograd.grad(learner.gap(q, both, torch.zeros(3, 1, 2)).sum(), (q, q_b))
     np.testing.assert_allclose(own + others.sum((1, 2)), 0, atol=1e-6)
     share = np.exp(0.3) / (np.exp(0.3) + np.exp(1.0) + np.exp(-2.0))
     assert own[0, 0].item() == pytest.approx((share - 1) / 2, rel=1e-5)
@@ -258,59 +263,61 @@ def test_the_gradients_of_the_plain_form_sum_to_zero_too():
 # ---------------------------------------- Lagrange multiplier ----------------------------------------
 
 
+@pytest.mark.equation(7)
 def test_at_its_threshold_the_penalty_is_zero_and_the_multiplier_stays(batch):
     """It starts at e = 2.7183 and is there after updates in which the gap is the one to keep."""
-    losses, algorithm = [], make()
+    losses, learner = [], make()
     torch.manual_seed(0)
-    gap = algorithm.critic_loss(batch)[1]["critic/gap"].item()
+    gap = learner.critic_loss(batch)[1]["critic/gap"].item()
     for fields in ({"cql_weight": 0.0}, {"cql_weight": 5.0, "lagrange_gap": gap}):
-        algorithm = make(**fields)
+        learner = make(**fields)
         torch.manual_seed(0)
-        losses.append(algorithm.critic_loss(batch)[0].item())
+        losses.append(learner.critic_loss(batch)[0].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
-    critic_loss = algorithm.critic_loss
+    critic_loss = learner.critic_loss
     told = {"critic/gap": torch.tensor(gap)}
-    algorithm.critic_loss = lambda batch: (critic_loss(batch)[0], critic_loss(batch)[1] | told)
+    learner.critic_loss = lambda batch: (critic_loss(batch)[0], critic_loss(batch)[1] | told)
     for _ in range(3):
-        algorithm.update(batch)
-    assert algorithm.multiplier().item() == pytest.approx(math.e, rel=1e-6)
+        learner.update(batch)
+    assert learner.multiplier().item() == pytest.approx(math.e, rel=1e-6)
 
 
+@pytest.mark.equation(7)
 @pytest.mark.parametrize(("above", "sign"), [(0.5, 1), (-2.0, -1)])
 def test_multiplier_gradient(batch, above, sign):
     """(7): -e w (G - g) on its logarithm; a gap too large makes it grow, one too small makes it shrink."""
-    algorithm = make(cql_weight=3.0, lagrange_gap=1.5)
-    critic_loss, told = algorithm.critic_loss, {"critic/gap": torch.tensor(1.5 + above)}
-    algorithm.critic_loss = lambda batch: (critic_loss(batch)[0], critic_loss(batch)[1] | told)
-    algorithm.update(batch)
-    assert algorithm.multiplier.log.grad.item() == pytest.approx(-math.e * 3 * above, rel=1e-5)
-    assert np.sign(algorithm.multiplier().item() - math.e) == sign
+    learner = make(cql_weight=3.0, lagrange_gap=1.5)
+    critic_loss, told = learner.critic_loss, {"critic/gap": torch.tensor(1.5 + above)}
+    learner.critic_loss = lambda batch: (critic_loss(batch)[0], critic_loss(batch)[1] | told)
+    learner.update(batch)
+    assert learner.multiplier.log.grad.item() == pytest.approx(-math.e * 3 * above, rel=1e-5)
+    assert np.sign(learner.multiplier().item() - math.e) == sign
 
 
 def test_the_multiplier_is_at_most_a_million(batch):
     penalties = []
     for log in (math.log(1e6), 20.0):
-        algorithm = make(cql_weight=1.0, lagrange_gap=-1.0)
-        algorithm.multiplier.log.data.fill_(log)
+        learner = make(cql_weight=1.0, lagrange_gap=-1.0)
+        learner.multiplier.log.data.fill_(log)
         torch.manual_seed(0)
-        penalties.append(algorithm.critic_loss(batch)[0].item())
+        penalties.append(learner.critic_loss(batch)[0].item())
     assert penalties[0] == pytest.approx(penalties[1], rel=1e-5)
     assert penalties[0] > 1e6
 
 
 def test_without_a_gap_the_multiplier_is_one_for_good(batch):
-    algorithm = make()
-    assert [algorithm.update(batch)["critic/multiplier"].item() for _ in range(3)] == [1, 1, 1]
-    assert algorithm.multiplier_optimizer.state_dict()["state"] == {}
+    learner = make()
+    assert [learner.update(batch)["critic/multiplier"].item() for _ in range(3)] == [1, 1, 1]
+    assert learner.multiplier_optimizer.state_dict()["state"] == {}
 
 
 # ---------------------------------------- actor and temperature ----------------------------------------
 
 
-def actor_oracle(algorithm, rows, noise: np.ndarray):
+def actor_oracle(learner, rows, noise: np.ndarray):
     """(3) as a function of the actor's layers, with the critic as it is now."""
-    critic, alpha = weights(algorithm.critic), algorithm.temperature().item()
+    critic, alpha = weights(learner.critic), learner.temperature().item()
 
     def oracle(layers):
         actions, density = squashed(layers, rows["observations"], noise)
@@ -319,38 +326,41 @@ def actor_oracle(algorithm, rows, noise: np.ndarray):
     return oracle
 
 
+@pytest.mark.equation(3)
 def test_actor_loss(batch, rows, draws):
-    algorithm, noise = make(), np.random.default_rng(6).normal(size=(3, ACT))
-    actions, density = squashed(weights(algorithm.actor), rows["observations"], noise)
-    q = q_values(weights(algorithm.critic), rows["observations"], actions)
+    learner, noise = make(), np.random.default_rng(6).normal(size=(3, ACT))
+    actions, density = squashed(weights(learner.actor), rows["observations"], noise)
+    q = q_values(weights(learner.critic), rows["observations"], actions)
     assert len({*np.sign(q[0] - q[1])}) == 2  # each is the smaller one in some row
     draws([noise])
-    loss, metrics = algorithm.actor_loss(batch)
-    others = [algorithm.target_critic, algorithm.temperature, algorithm.multiplier]
-    assert_loss_and_gradient(loss, algorithm.actor, actor_oracle(algorithm, rows, noise), others)
+    loss, metrics = learner.actor_loss(batch)
+    others = [learner.target_critic, learner.temperature, learner.multiplier]
+    assert_loss_and_gradient(loss, learner.actor, actor_oracle(learner, rows, noise), others)
     assert metrics["actor/entropy"].item() == pytest.approx(-np.log(density).mean(), rel=1e-5)
 
 
+@pytest.mark.equation(3)
 def test_the_first_update_already_descends_the_actors_loss_on_the_new_critic(batch, rows, draws):
     """(3) comes after (2), and no imitation before it."""
-    algorithm, noise = make(critic_lr=0.1), np.random.default_rng(6).normal(size=(3, ACT))
-    before, drawn = weights(algorithm.actor), Draws(algorithm, rows, 1)
+    learner, noise = make(critic_lr=0.1), np.random.default_rng(6).normal(size=(3, ACT))
+    before, drawn = weights(learner.actor), Draws(learner, rows, 1)
     draws([drawn.target, drawn.policies, noise], drawn.uniform)
-    alpha = algorithm.temperature.log.data.clone()
-    algorithm.update(batch)
-    algorithm.temperature.log.data = alpha  # as it was for the actor
-    assert_close(gradients(algorithm.actor), slopes(actor_oracle(algorithm, rows, noise), before), 1e-4)
+    alpha = learner.temperature.log.data.clone()
+    learner.update(batch)
+    learner.temperature.log.data = alpha  # as it was for the actor
+    assert_close(gradients(learner.actor), slopes(actor_oracle(learner, rows, noise), before), 1e-4)
 
 
+@pytest.mark.equation(4)
 @pytest.mark.parametrize(("entropy", "sign"), [(-ACT, 0), (-ACT + 0.5, 1), (-ACT - 0.5, -1), (3.0, 1)])
 def test_temperature_gradient(batch, entropy, sign):
     """(4): the surplus of entropy over -|A|. Too much entropy makes it cheaper, too little dearer."""
-    algorithm = make()
-    actor_loss, told = algorithm.actor_loss, {"actor/entropy": torch.tensor(float(entropy))}
-    algorithm.actor_loss = lambda batch: (actor_loss(batch)[0], told)
-    before = algorithm.temperature().item()
-    metrics = algorithm.update(batch)
-    assert algorithm.temperature.log.grad.item() == pytest.approx(entropy + ACT)
+    learner = make()
+    actor_loss, told = learner.actor_loss, {"actor/entropy": torch.tensor(float(entropy))}
+    learner.actor_loss = lambda batch: (actor_loss(batch)[0], told)
+    before = learner.temperature().item()
+    metrics = learner.update(batch)
+    assert learner.temperature.log.grad.item() == pytest.approx(entropy + ACT)
     assert np.sign(before - metrics["actor/temperature"].item()) == sign
 
 
@@ -392,15 +402,9 @@ def test_many_samples_of_one_pass():
     assert log_prob.shape == (3,)
 
 
-def test_the_mean_acts(batch):
-    algorithm = make()
-    bounds = {"low": torch.tensor([-2.0, 0.0]), "high": torch.tensor([2.0, 10.0])}
-    algorithm.units.load_state_dict(bounds | {"mean": torch.ones(OBS), "std": torch.full((OBS,), 2.0)})
-    observations = np.array(BATCH["observations"])
-    mean = perceptron(weights(algorithm.actor), (observations - 1) / 2)[:, :ACT]
-    expected = np.array([-2.0, 0.0]) + (np.tanh(mean) + 1) / 2 * np.array([4.0, 10.0])
-    np.testing.assert_allclose(algorithm.act(observations), expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(algorithm.act(observations[0]), expected[0], rtol=1e-4, atol=1e-5)
+def test_the_mean_acts(rows):
+    learner = make()
+    assert_acts(learner, rows, lambda observations: policy(weights(learner.actor), observations)[:, :ACT])
 
 
 # ---------------------------------------- updates and runs ----------------------------------------
@@ -409,35 +413,20 @@ def test_the_mean_acts(batch):
 @pytest.mark.parametrize("frozen", ["actor", "critic"])
 def test_each_optimizer_moves_its_own_networks_only(batch, frozen):
     """The temperature goes at the actor's rate, the multiplier at the critic's."""
-    algorithm, partner = make(lagrange_gap=1.0, **{f"{frozen}_lr": 0.0}), {"actor": "temperature"}
+    learner, partner = make(lagrange_gap=1.0, **{f"{frozen}_lr": 0.0}), {"actor": "temperature"}
     still = {frozen, partner.get(frozen, "multiplier")}
     names = ("actor", "critic", "temperature", "multiplier")
-    before = {name: weights(getattr(algorithm, name)) for name in names}
-    algorithm.update(batch)
+    before = {name: weights(getattr(learner, name)) for name in names}
+    learner.update(batch)
     for name, old in before.items():
-        moved = any(np.any(a != b) for a, b in zip(weights(getattr(algorithm, name)), old))
+        moved = any(np.any(a != b) for a, b in zip(weights(getattr(learner, name)), old))
         assert moved == (name not in still), name
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_the_target_is_the_exact_moving_average(batch, compiled):
-    """After five updates; compiled they are the same as eager."""
+@pytest.mark.equation(5)
+def test_compiled_updates_equal_eager_ones_and_the_target_is_the_exact_average(batch):
     fields = {"tau": 0.1, "lagrange_gap": 1.0, "max_target_backup": True}
-    algorithm, eager = make(**fields), make(**fields)
-    if compiled and not cql.compile_losses(algorithm, CPU):
-        pytest.skip("no C++ compiler")
-    average = weights(algorithm.target_critic)
-    for step in range(5):
-        torch.manual_seed(step)
-        ours = algorithm.update(batch)
-        torch.manual_seed(step)
-        theirs = eager.update(batch)
-        assert {k: float(v) for k, v in ours.items()} == pytest.approx(
-            {k: float(v) for k, v in theirs.items()}, rel=1e-4, abs=1e-5
-        )
-        average = [0.9 * old + 0.1 * new for old, new in zip(average, weights(algorithm.critic))]
-    for ours, oracle in zip(weights(algorithm.target_critic), average):
-        np.testing.assert_allclose(ours, oracle, rtol=1e-5, atol=1e-6)
+    assert_compiled_is_eager(cql, [make(**fields), make(**fields)], batch)
 
 
 def test_an_interrupted_run_ends_in_the_same_bits(call, pendulum, tmp_path, monkeypatch):
@@ -445,43 +434,23 @@ def test_an_interrupted_run_ends_in_the_same_bits(call, pendulum, tmp_path, monk
     fields = {"lagrange_gap": 2.0, "cql_actions": 3, "critic_lr": 0.01}
     folders = [tmp_path / name / f"offline/cql/{pendulum}/default/seed-0" for name in ("whole", "torn")]
     assert call("cql", *short(pendulum, tmp_path / "whole", **fields))[0] == 0
-    update = cql.CQL.update
-
-    def mortal(algorithm, batch):
-        if algorithm.updates == 33:
-            raise KeyboardInterrupt
-        return update(algorithm, batch)
-
-    monkeypatch.setattr(cql.CQL, "update", mortal)
-    assert call("cql", *short(pendulum, tmp_path / "torn", **fields))[0] == 130
-    monkeypatch.setattr(cql.CQL, "update", update)
+    with monkeypatch.context() as patch:
+        at_update(cql, patch, 33, stop)
+        assert call("cql", *short(pendulum, tmp_path / "torn", **fields))[0] == 130
     status, out, _ = call("cql", *short(pendulum, tmp_path / "torn", **fields))
     assert (status, "resumed at update 20" in out) == (0, True)
     one, other = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in folders)
     assert equal(one["state"], other["state"])
     assert equal(one["rng"], other["rng"])
     assert len({(folder / "evaluations.csv").read_bytes() for folder in folders}) == 1
-    assert set(one["state"]) == {"units", "actor", "critic", "target_critic", "temperature", "multiplier"} | {
-        f"{name}_optimizer" for name in ("actor", "critic", "temperature", "multiplier")
-    }
+    trained = ("actor", "critic", "temperature", "multiplier")
+    optimizers = {f"{name}_optimizer" for name in trained}
+    assert set(one["state"]) == {"scaler", "target_critic", *trained} | optimizers
     assert abs(one["state"]["multiplier"]["log"].item() - 1) > 0.01
     assert json.loads((folders[0] / "run.json").read_text())["status"] == "finished"
     policy = cql.load(str(folders[1]))
     assert policy.multiplier.log.item() == one["state"]["multiplier"]["log"].item()
     assert policy.act([1.0, 0.0, 0.5]).shape == (1,)
-
-
-@pytest.fixture(scope="module")
-def steps(minari_root):
-    """Wanders through the corridor of tests/test_learning.py, in steps of all lengths."""
-    return store("test/corridor/cql-v0", [walk(seed, shortest=0.0) for seed in range(200)])
-
-
-def test_it_finds_the_door_where_imitation_goes_nowhere(scripts, steps):
-    """Nearly straight: about a step more than the optimum, where the way into the trap returns -10."""
-    assert learn(scripts["bc"], steps, 0, 200) < 4 * OPTIMUM
-    fields = {"cql_weight": 0.5, "cql_actions": 3, "hidden_layers": 2}
-    assert learn(cql, steps, 0, 700, **fields) >= OPTIMUM - 1.5
 
 
 # ---------------------------------------- configs ----------------------------------------

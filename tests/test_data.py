@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import minari
@@ -49,13 +50,11 @@ def store(tmp_path, monkeypatch):
     return write
 
 
-def load(script, dataset, actions: gym.Space | None = None, **fields) -> tuple:
-    """Algorithm, data and facts."""
-    config = script.check_config(script.Config(hidden_dim=4, **fields))
-    sizes = script.flat_dim(dataset.observation_space), script.flat_dim(dataset.action_space)
-    algorithm = script.Algorithm(config, *sizes, CPU)
-    data, _, facts = script.load_transitions(dataset, actions or dataset.action_space, algorithm)
-    return algorithm, data, facts
+def load(script, dataset, actions: gym.Space | None = None, normalize_states: bool = False) -> tuple:
+    """Scaler and transitions, as `train` makes them."""
+    episodes, _ = script.read_episodes(dataset)
+    scaler = script.fit_scaler(episodes, actions or dataset.action_space, normalize_states)
+    return scaler, script.transitions(episodes, scaler)
 
 
 # ---------------------------------------------- transitions ----------------------------------------------
@@ -67,7 +66,7 @@ LEFT = episode([[8, 80], [9, 90]], [[0.3]], "")
 
 def test_three_episodes_that_end_in_different_ways(td3_bc, store):
     """Terminated, truncated and left: six transitions, and none from one episode to the next."""
-    algorithm, data, facts = load(td3_bc, store([ENDED, CUT, LEFT]), normalize_states=False)
+    scaler, data = load(td3_bc, store([ENDED, CUT, LEFT]))
     wanted = {
         "observations": [[1, 10], [2, 20], [3, 30], [5, 50], [6, 60], [8, 80]],
         "actions": [[0], [1], [-1], [0.5], [-0.5], [0.1]],
@@ -79,9 +78,8 @@ def test_three_episodes_that_end_in_different_ways(td3_bc, store):
     for key, column in wanted.items():
         assert (data[key].dtype, data[key].device) == (torch.float32, CPU), key
         np.testing.assert_allclose(data[key], column, rtol=1e-6, err_msg=key)
-    assert facts["transitions"] == 6
-    assert algorithm.units.mean.tolist() == [0, 0]
-    assert algorithm.units.std.tolist() == [1, 1]
+    assert scaler.mean.tolist() == [0, 0]
+    assert scaler.std.tolist() == [1, 1]
 
 
 def test_many_episodes_keep_to_themselves(scripts, store):
@@ -93,8 +91,8 @@ def test_many_episodes_keep_to_themselves(scripts, store):
     episodes = [episode(p, np.zeros((n, 1)), e) for p, n, e in zip(places, lengths, endings)]
     dataset = store(episodes)
     for script in scripts.values():
-        _, data, facts = load(script, dataset, normalize_states=False)
-        assert facts["transitions"] == len(data["rewards"]) == lengths.sum()
+        _, data = load(script, dataset)
+        assert len(data["rewards"]) == lengths.sum()
         step = data["next_observations"] - data["observations"]
         assert (step == torch.tensor([0, 1])).all()
         numbers = data["observations"][:, 0].int().numpy()
@@ -113,7 +111,7 @@ def test_dicts_are_put_together_by_sorted_keys(td3_bc, store):
     }
     dataset = store([episode(seen, [[0.0]])], space)
     assert td3_bc.flat_dim(space) == 5
-    _, data, _ = load(td3_bc, dataset, normalize_states=False)
+    _, data = load(td3_bc, dataset)
     np.testing.assert_allclose(data["observations"], [[-0.1, 0.5, 0.6, 0.3, 1.0]], rtol=1e-6)
     np.testing.assert_allclose(data["next_observations"], [[-0.2, 0.7, 0.8, 0.4, 2.0]], rtol=1e-6)
 
@@ -124,7 +122,7 @@ def test_whole_numbers_become_float32(td3_bc, store):
     whole = replace(whole, observations=np.eye(3, 2, dtype=np.uint8))
     dataset = store([whole], space, gym.spaces.Box(0, 4, (1,), np.float32))
     assert dataset[0].rewards.dtype.kind == "i"
-    _, data, _ = load(td3_bc, dataset, normalize_states=False)
+    _, data = load(td3_bc, dataset)
     assert {column.dtype for column in data.values()} == {torch.float32}
     assert data["rewards"].tolist() == [3, -4]
     assert data["next_observations"].tolist() == [[0, 1], [0, 0]]
@@ -135,39 +133,39 @@ def test_whole_numbers_become_float32(td3_bc, store):
 
 
 def actions_of(td3_bc, store, capsys, rows, space: gym.Space, bounds: gym.Space) -> tuple:
-    """Actions as learnt, algorithm, clipped share; what is printed says the same share."""
+    """Actions as learnt, scaler, and the clipped share as it is printed."""
     dataset = store([episode(np.zeros((len(rows) + 1, 2)), rows)], actions=space)
-    algorithm, data, facts = load(td3_bc, dataset, bounds)
-    assert f"{facts['clipped_actions']:.2%} of the action entries" in capsys.readouterr().out
-    return data["actions"].numpy(), algorithm, facts["clipped_actions"]
+    scaler, data = load(td3_bc, dataset, bounds)
+    return data["actions"].numpy(), scaler, capsys.readouterr().out.partition(" of the action entries")[0]
 
 
 def test_actions_are_mapped_by_the_environments_bounds_and_clipped_to_them(td3_bc, store, capsys):
     """Bounds of the environment [-3, 3] and [0, 10], not the dataset's, whatever its data."""
     rows = [[-3.0, 0.0], [1.5, 10.0], [4.0, 5.0], [-9.0, -1.0], [0.0, 2.5]]
     wide, bounds = gym.spaces.Box(-20, 20, (2,)), gym.spaces.Box(np.float32([-3, 0]), np.float32([3, 10]))
-    actions, algorithm, clipped = actions_of(td3_bc, store, capsys, rows, wide, bounds)
+    actions, scaler, clipped = actions_of(td3_bc, store, capsys, rows, wide, bounds)
     wanted = [[-1, -1], [0.5, 1], [1, 0], [-1, -1], [0, -0.5]]
     np.testing.assert_allclose(actions, wanted, atol=1e-6)
-    assert clipped == 3 / 10
-    assert (algorithm.units.low.tolist(), algorithm.units.high.tolist()) == ([-3, 0], [3, 10])
-    back = algorithm.units.to_environment(torch.tensor(wanted, dtype=torch.float32))
+    assert clipped == "30.00%"
+    assert (scaler.low.tolist(), scaler.high.tolist()) == ([-3, 0], [3, 10])
+    back = scaler.unscale_actions(torch.tensor(wanted, dtype=torch.float32))
     np.testing.assert_allclose(back, np.clip(rows, [-3, 0], [3, 10]), atol=1e-6)
-    algorithm.actor = torch.sign  # a policy that goes to the bounds
-    np.testing.assert_allclose(algorithm.act(np.array([[5.0, -5.0], [-5.0, 5.0]])), [[3, 0], [-3, 10]])
+    learner = td3_bc.TD3BC(td3_bc.Config(hidden_dim=4), scaler)
+    learner.actor = torch.sign  # a policy that goes to the bounds
+    np.testing.assert_allclose(learner.act(np.array([[5.0, -5.0], [-5.0, 5.0]])), [[3, 0], [-3, 10]])
 
 
 def test_infinite_bounds_give_way_to_the_datas_extremes(td3_bc, store, capsys):
     """Where only one bound is infinite, only that one; an action that never changes is no number at all."""
     rows = [[-4.0, 1.0, 7.0], [2.0, 3.0, 7.0], [-1.0, 5.0, 7.0]]
     bounds = gym.spaces.Box(np.float32([-np.inf, -5, -np.inf]), np.float32([np.inf, np.inf, np.inf]))
-    actions, algorithm, clipped = actions_of(td3_bc, store, capsys, rows, bounds, bounds)
+    actions, scaler, clipped = actions_of(td3_bc, store, capsys, rows, bounds, bounds)
     np.testing.assert_allclose(actions[:, :2], [[-1, 0.2], [1, 0.6], [0, 1]], atol=1e-6)
     assert np.isfinite(actions).all()
-    assert clipped == 0
-    assert algorithm.units.low.tolist() == [-4, -5, 7]
-    assert algorithm.units.high.tolist() == [2, 5, 7]
-    np.testing.assert_allclose(algorithm.units.to_environment(torch.ones(3)), [2, 5, 7])
+    assert clipped == "0.00%"
+    assert scaler.low.tolist() == [-4, -5, 7]
+    assert scaler.high.tolist() == [2, 5, 7]
+    np.testing.assert_allclose(scaler.unscale_actions(torch.ones(3)), [2, 5, 7])
 
 
 def test_training_takes_the_bounds_of_the_environment(call, scripts, store, tmp_path):
@@ -179,7 +177,7 @@ def test_training_takes_the_bounds_of_the_environment(call, scripts, store, tmp_
     assert status == 0
     assert "0.00% of the action entries" in out
     policy = scripts["bc"].load(tmp_path / f"offline/bc/{dataset.id}/default/seed-0")
-    assert (policy.units.low.tolist(), policy.units.high.tolist()) == ([-2], [2])
+    assert (policy.scaler.low.tolist(), policy.scaler.high.tolist()) == ([-2], [2])
 
 
 # -------------------------------------------- states and rewards --------------------------------------------
@@ -189,14 +187,14 @@ def test_states_are_standardised_by_the_observations(td3_bc, store):
     """Of the rows learnt from, not the last ones of episodes; what never changes becomes 0 and not nan."""
     rows = np.array([[1.0, 5.0], [2.0, 5.0], [4.0, 5.0], [100.0, 6.0]])
     dataset = store([episode(rows, [[0], [1], [2]])])
-    algorithm, data, _ = load(td3_bc, dataset, normalize_states=True)
+    scaler, data = load(td3_bc, dataset, normalize_states=True)
     mean, std = rows[:3].mean(0), rows[:3].std(0) + 1e-3
-    np.testing.assert_allclose(algorithm.units.mean, mean, rtol=1e-6)
-    np.testing.assert_allclose(algorithm.units.std, std, rtol=1e-6)
+    np.testing.assert_allclose(scaler.mean, mean, rtol=1e-6)
+    np.testing.assert_allclose(scaler.std, std, rtol=1e-6)
     np.testing.assert_allclose(data["observations"], (rows[:3] - mean) / std, rtol=1e-5)
     np.testing.assert_allclose(data["next_observations"], (rows[1:] - mean) / std, rtol=1e-5)
     assert (data["observations"][:, 1] == 0).all()
-    np.testing.assert_allclose(algorithm.units.to_learner(rows[:3]), data["observations"], rtol=1e-6)
+    np.testing.assert_allclose(scaler.scale_observations(rows[:3]), data["observations"], rtol=1e-6)
 
 
 def test_rewards(td3_bc, store):
@@ -204,8 +202,9 @@ def test_rewards(td3_bc, store):
     ends = [episode(np.zeros((3, 2)), [[0], [0]], rewards=r) for r in ([1.0, 2.0], [3.0, 5.0])]
     dataset, rewards = store(ends), np.array([1, 2, 3, 5])
     for scale, shift, normalize in ((1, 0, False), (1, 0, True), (0.5, -1, False), (-2, 3, True)):
-        fields = {"reward_scale": scale, "reward_shift": shift, "normalize_rewards": normalize}
-        _, data, _ = load(td3_bc, dataset, **fields)
+        episodes, _ = td3_bc.read_episodes(dataset)
+        td3_bc.scale_rewards(episodes, scale, shift, normalize)
+        data = td3_bc.transitions(episodes, td3_bc.fit_scaler(episodes, BOX, False))
         wanted = scale * rewards * (200 if normalize else 1) + shift
         np.testing.assert_allclose(data["rewards"], wanted, rtol=1e-6)
 
@@ -216,9 +215,9 @@ def test_imitation_of_the_best_keeps_whole_episodes(scripts, store):
     episodes = [episode(np.full((n + 1, 2), n), np.zeros((n, 1)), rewards=[r] * n) for n, r in shape.items()]
     dataset = store(episodes)
     for fraction, lengths in ((1.0, [2, 3, 1]), (0.67, [3, 1]), (0.01, [3])):
-        _, data, facts = load(scripts["bc"], dataset, fraction=fraction, normalize_states=False)
-        assert data["observations"][:, 0].tolist() == [n for n in lengths for _ in range(n)]
-        assert facts["transitions"] == sum(lengths)
+        kept = scripts["bc"].keep_best(scripts["bc"].read_episodes(dataset)[0], fraction)
+        assert [len(episode["rewards"]) for episode in kept] == lengths
+        assert all((episode["observations"] == len(episode["rewards"])).all() for episode in kept)
 
 
 # --------------------------------------------- the content hash ---------------------------------------------
@@ -230,7 +229,7 @@ def test_the_content_hash(td3_bc, store):
 
     def content(*episodes, **spaces) -> str:
         dataset = store(episodes, **spaces, name=f"test/hash/number{next(names)}-v0")
-        found = load(td3_bc, dataset)[2]["dataset_hash"]
+        found = td3_bc.read_episodes(dataset)[1]
         assert found == collector.content_hash(dataset)
         return found
 
@@ -269,6 +268,8 @@ def test_a_dataset_from_the_hub(call, pendulum, minari_root, tmp_path, monkeypat
         path = tmp_path / "minari" / dataset_id / "data/metadata.json"
         path.write_text(path.read_text().replace(pendulum, dataset_id))
 
+    session = SimpleNamespace(head=lambda *_, **__: None)  # the hub can be reached
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: session)
     monkeypatch.setattr("minari.storage.hosting.download_dataset", download)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     for seed, source in enumerate(["from the Minari hub", "on this machine"]):
@@ -307,19 +308,21 @@ def test_the_recorded_environment(td3_bc, store, tmp_path, capsys):
     dataset = store(episodes, *spaces, env=env)
 
     def look(dataset, name: str | None = None) -> tuple:
-        environments = td3_bc.make_environments(dataset, name, 3)
-        assert environments.num_envs == 3
+        environments = td3_bc.make_environments(dataset, name)
+        assert environments.num_envs == 10
         assert environments.metadata["autoreset_mode"] == gym.vector.AutoresetMode.SAME_STEP
         first = environments.envs[0]
         return first.spec.max_episode_steps, first.unwrapped.g, capsys.readouterr().out
 
-    assert look(dataset) == (7, 5.0, "evaluated in Pendulum-v1, as recorded\n")
+    assert look(dataset) == (7, 5.0, "evaluated in Pendulum-v1\n")
     monitor = {"name": "Monitor", "entry_point": "nowhere.at_all:Monitor", "kwargs": {}}
     broken = rewrite(dataset, tmp_path / "minari", additional_wrappers=[monitor])
-    assert look(broken) == (7, 5.0, "evaluated in Pendulum-v1, without its recorded wrappers\n")
+    steps, g, out = look(broken)
+    assert (steps, g) == (7, 5.0)
+    assert out.startswith("evaluated in Pendulum-v1, without its recorded wrappers: ")
     assert look(broken, "Pendulum-v1") == (200, 10.0, "evaluated in Pendulum-v1\n")
     both = store(episodes, *spaces, name="test/hand/both-v0", env=env, eval_env=evaluated)
-    assert look(both) == (9, 6.0, "evaluated in Pendulum-v1, as recorded\n")
+    assert look(both) == (9, 6.0, "evaluated in Pendulum-v1\n")
 
 
 def test_another_environment_may_be_named(call, pendulum, tmp_path):
@@ -376,7 +379,7 @@ def test_rows_are_drawn_with_replacement_and_all_alike(td3_bc):
     assert sum(len(batch.unique()) < 32 for batch in batches) > 1900  # without replacement: never
 
 
-def test_actions_at_a_bound_are_not_clipped(scripts, minari_root):
+def test_actions_at_a_bound_are_not_clipped(scripts, minari_root, capsys):
     """0.1 as float32 is more than 0.1 as float64: bounds are compared in the actions' type."""
     space = gym.spaces.Box(-0.1, 0.1, (1,), np.float64)
     episode = EpisodeBuffer(
@@ -386,7 +389,6 @@ def test_actions_at_a_bound_are_not_clipped(scripts, minari_root):
     spaces = {"observation_space": gym.spaces.Box(-1, 1, (1,)), "action_space": space}
     minari.create_dataset_from_buffers("test/data/bounds-v0", [episode], data_format="hdf5", **spaces)
     script, dataset = scripts["bc"], minari.load_dataset("test/data/bounds-v0")
-    algorithm = script.Algorithm(script.Config(dataset=dataset.id), 1, 1, torch.device("cpu"))
-    data, _, facts = script.load_transitions(dataset, space, algorithm)
-    assert facts["clipped_actions"] == 0
+    _, data = load(script, dataset)
+    assert capsys.readouterr().out.startswith("0.00% of the action entries")
     assert data["actions"].flatten().tolist() == [-1, 1]

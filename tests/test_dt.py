@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -11,31 +12,24 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import ROOT, load_script, random_episodes, short
+from conftest import ROOT, load_script, new_learner, short
 from minari.data_collector import EpisodeBuffer
+from runs import SPEED, at_update, equal, stop
 
-CPU = torch.device("cpu")
-SPEED = ["time/updates_per_second", "time/wall_seconds"]
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*(is set to None|env_spec is None)")  # Minari's advice
+dt = load_script("offline/dt.py")
 
 
-@pytest.fixture(scope="module")
-def dt():
-    return load_script("offline/dt.py")
-
-
-def small(dt, obs_dim: int = 2, act_dim: int = 2, seed: int = 4, **fields):
+def small(obs_dim: int = 2, act_dim: int = 2, seed: int = 4, **fields):
     """A small DT with random weights large enough to show, biases and norms included, without dropout."""
     fields = {"hidden_dim": 8, "hidden_layers": 2, "context": 3, "dropout": 0.0, "timesteps": 6} | fields
-    algorithm = dt.DT(dt.Config(**fields), obs_dim, act_dim, CPU)
+    learner = new_learner(dt, dt.Config(**fields), obs_dim, act_dim)
     torch.manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in algorithm.actor.named_parameters():
-            norm = "norm" in name or name.startswith(f"blocks.{algorithm.config.hidden_layers}")
+        for name, parameter in learner.actor.named_parameters():
+            norm = "norm" in name or name.startswith(f"blocks.{learner.config.hidden_layers}")
             parameter.normal_(mean=float(norm and name.endswith("weight")), std=0.3 if norm else 1.0)
-        algorithm.actor.head.bias.mul_(0.1)
-    return algorithm
+        learner.actor.head.bias.mul_(0.1)
+    return learner
 
 
 def window(rows: int, steps: int) -> dict[str, torch.Tensor]:
@@ -87,21 +81,22 @@ def forward(weights: dict[str, np.ndarray], step_lists: dict, scale: float, laye
     return np.array([np.tanh(linear("head", output)) for output in outputs[1::3]])  # at the observations
 
 
-def by_hand(algorithm, batch: dict[str, torch.Tensor]) -> np.ndarray:
+def by_hand(learner, batch: dict[str, torch.Tensor]) -> np.ndarray:
     """The same for a batch: [B, K, A]."""
-    weights = {key: value.double().numpy() for key, value in algorithm.actor.state_dict().items()}
+    weights = {key: value.double().numpy() for key, value in learner.actor.state_dict().items()}
     keys = ("returns_to_go", "observations", "actions", "timesteps")
     rows = [{key: batch[key][i].double().numpy() for key in keys} for i in range(len(batch["timesteps"]))]
-    return np.stack([forward(weights, row, algorithm.config.return_scale) for row in rows])
+    return np.stack([forward(weights, row, learner.config.return_scale) for row in rows])
 
 
-def test_outputs_are_those_of_interleaved_tokens_one_after_the_other(dt):
+@pytest.mark.equation(2, 3)
+def test_outputs_are_those_of_interleaved_tokens_one_after_the_other():
     """Order, embeddings, norms, attention, head; steps 6 and 7 have no embedding and share that of 5."""
-    algorithm, batch = small(dt), window(3, 3)
+    learner, batch = small(), window(3, 3)
     batch["timesteps"][2] += 5
     assert batch["timesteps"].max() >= 6
-    found = algorithm.actor(batch).detach().numpy()
-    np.testing.assert_allclose(found, by_hand(algorithm, batch), atol=2e-5)
+    found = learner.actor(batch).detach().numpy()
+    np.testing.assert_allclose(found, by_hand(learner, batch), atol=2e-5)
     assert np.ptp(found, axis=0).min() > 0.05  # the weights matter
     assert (np.abs(found) < 1).all()
 
@@ -109,23 +104,23 @@ def test_outputs_are_those_of_interleaved_tokens_one_after_the_other(dt):
 @pytest.mark.parametrize(
     ("key", "steps_after"), [("returns_to_go", 0), ("observations", 0), ("actions", 1), ("timesteps", 0)]
 )
-def test_a_change_at_t_changes_no_output_before_it(dt, key, steps_after):
+def test_a_change_at_t_changes_no_output_before_it(key, steps_after):
     """And it does change those from t on, if maybe not in both rows; an action only those after its own."""
-    algorithm = small(dt, context=5, timesteps=20)
+    learner = small(context=5, timesteps=20)
     for t in range(5):
         batch = window(2, 5)
-        before = algorithm.actor(batch)
+        before = learner.actor(batch)
         batch[key][:, t] += 500 if key == "returns_to_go" else 1
-        after = algorithm.actor(batch)
+        after = learner.actor(batch)
         first = t + steps_after
         assert torch.equal(before[:, :first], after[:, :first])
         assert ((before[:, first:] - after[:, first:]).abs().amax((0, 2)) > 1e-6).all()
 
 
-def test_weights_start_as_those_of_the_authors(dt):
+def test_weights_start_as_those_of_the_authors():
     """In the blocks as GPT-2's, elsewhere as torch makes them: uniform, and normal for the timesteps."""
     torch.manual_seed(0)
-    actor = dt.DT(dt.Config(), 11, 3, CPU).actor
+    actor = new_learner(dt, dt.Config(), 11, 3).actor
     assert len(actor.blocks) == 3 + 1
     for name, parameter in actor.blocks.named_parameters():
         if parameter.ndim == 2:
@@ -138,38 +133,38 @@ def test_weights_start_as_those_of_the_authors(dt):
         assert float(entries.abs().max()) == pytest.approx(layer.in_features**-0.5, rel=0.05)
 
 
-def test_the_norm_leaves_the_size_of_a_return(dt):
+def test_the_norm_leaves_the_size_of_a_return():
     """At every timestep alike. With biases of 0 a larger return is but a longer vector."""
     torch.manual_seed(0)
-    actor, timesteps = dt.DT(dt.Config(), 11, 3, CPU).actor, torch.arange(1000)
+    actor, timesteps = new_learner(dt, dt.Config(), 11, 3).actor, torch.arange(1000)
     times = actor.embed_timestep(timesteps)
     low, high = (actor.norm(actor.embed_return(torch.tensor([r])) + times) for r in (3.5, 8.5))
     assert float((high - low).mean(0).square().mean().sqrt()) > 0.1
 
 
-def test_dropout_is_at_work_in_training_alone(dt, monkeypatch):
+def test_dropout_is_at_work_in_training_alone(monkeypatch):
     """On the embeddings, in attention and on the branches."""
-    algorithm, batch, rates = small(dt, dropout=0.5), window(2, 3), []
+    learner, batch, rates = small(dropout=0.5), window(2, 3), []
     plain = torch.nn.functional.scaled_dot_product_attention
     noted = lambda *qkv, dropout_p, **options: rates.append(dropout_p) or plain(*qkv, **options)  # noqa: E731
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
-    embeddings, *branches = [m for m in algorithm.actor.modules() if isinstance(m, torch.nn.Dropout)]
+    embeddings, *branches = [m for m in learner.actor.modules() if isinstance(m, torch.nn.Dropout)]
     assert len(branches) == 2
     calls = []
     for module in branches:
         module.register_forward_hook(lambda *_: calls.append(1))
-    algorithm.actor(batch)
+    learner.actor(batch)
     assert rates == [0.5, 0.5]
     assert len(calls) == 4  # each block's attention and MLP
     for module in branches:
         module.eval()
-    assert not torch.equal(algorithm.actor(batch), algorithm.actor(batch))
+    assert not torch.equal(learner.actor(batch), learner.actor(batch))
     embeddings.eval()
-    assert torch.equal(algorithm.actor(batch), algorithm.actor(batch))  # attention's is off by `noted`
+    assert torch.equal(learner.actor(batch), learner.actor(batch))  # attention's is off by `noted`
     branches[1].train()
-    assert not torch.equal(algorithm.actor(batch), algorithm.actor(batch))
-    algorithm.actor.eval()
-    np.testing.assert_allclose(algorithm.actor(batch).detach(), by_hand(algorithm, batch), atol=2e-5)
+    assert not torch.equal(learner.actor(batch), learner.actor(batch))
+    learner.actor.eval()
+    np.testing.assert_allclose(learner.actor(batch).detach(), by_hand(learner, batch), atol=2e-5)
     assert rates[-2:] == [0, 0]
 
 
@@ -185,44 +180,46 @@ def padded() -> dict[str, torch.Tensor]:
     return batch
 
 
-def test_loss_is_the_mean_over_real_steps(dt):
-    algorithm, batch = small(dt), padded()
-    loss, metrics = algorithm.actor_loss(batch)
-    error = (by_hand(algorithm, batch) - batch["actions"].double().numpy()) ** 2
+@pytest.mark.equation(2, 3, 4)
+def test_loss_is_the_mean_over_real_steps():
+    learner, batch = small(), padded()
+    loss, metrics = learner.actor_loss(batch)
+    error = (by_hand(learner, batch) - batch["actions"].double().numpy()) ** 2
     real = [error[0, 0], error[0, 1], error[0, 2], error[1, 0], error[1, 1], error[2, 0]]
     assert loss.item() == pytest.approx(np.mean(real), rel=1e-4)
     assert loss.item() == metrics["actor/loss"].item()
     assert not metrics["actor/loss"].requires_grad
 
 
-def gradients(algorithm, batch) -> list[torch.Tensor]:
-    parameters = algorithm.actor.parameters()
-    return torch.autograd.grad(algorithm.actor_loss(batch)[0], list(parameters))
+def gradients(learner, batch) -> list[torch.Tensor]:
+    parameters = learner.actor.parameters()
+    return torch.autograd.grad(learner.actor_loss(batch)[0], list(parameters))
 
 
-def test_padding_changes_nothing(dt):
+@pytest.mark.equation(4)
+def test_padding_changes_nothing():
     """Neither what stands in it nor that it is there; a row of nothing else adds nothing."""
-    algorithm, batch = small(dt), padded()
+    learner, batch = small(), padded()
     other = {key: torch.where(batch["real"].bool().view(3, 3, *[1] * (column.ndim - 2)), column, 3.0)
              for key, column in batch.items() if key != "real"} | {"real": batch["real"]}
     assert not torch.equal(other["actions"], batch["actions"])
-    loss = algorithm.actor_loss(batch)[0]
-    assert torch.equal(loss, algorithm.actor_loss(other)[0])
-    assert all(map(torch.equal, gradients(algorithm, batch), gradients(algorithm, other)))
+    loss = learner.actor_loss(batch)[0]
+    assert torch.equal(loss, learner.actor_loss(other)[0])
+    assert all(map(torch.equal, gradients(learner, batch), gradients(learner, other)))
     alone = {key: column[1:2, :2] for key, column in batch.items()}  # the second window without its padding
     np.testing.assert_allclose(
-        algorithm.actor(batch)[1, :2].detach(), algorithm.actor(alone)[0].detach(), atol=1e-6
+        learner.actor(batch)[1, :2].detach(), learner.actor(alone)[0].detach(), atol=1e-6
     )
     empty = {key: torch.cat([column, torch.zeros_like(column[:1])]) for key, column in batch.items()}
-    assert algorithm.actor_loss(empty)[0].item() == pytest.approx(loss.item(), rel=1e-6)
+    assert learner.actor_loss(empty)[0].item() == pytest.approx(loss.item(), rel=1e-6)
 
 
-def test_no_gradient_at_what_follows_the_last_real_observation(dt):
-    algorithm, batch = small(dt), padded()
+def test_no_gradient_at_what_follows_the_last_real_observation():
+    learner, batch = small(), padded()
     for key in ("returns_to_go", "observations", "actions"):
         batch[key].requires_grad_()
     target = batch["actions"].detach()
-    error = (algorithm.actor(batch) - target).square().mean(-1) * batch["real"]
+    error = (learner.actor(batch) - target).square().mean(-1) * batch["real"]
     error.sum().backward()
     for row, length in enumerate((3, 2, 1)):
         assert (batch["observations"].grad[row, :length] != 0).any(-1).all()
@@ -231,65 +228,74 @@ def test_no_gradient_at_what_follows_the_last_real_observation(dt):
         assert (batch["actions"].grad[row, length - 1 :] == 0).all()
 
 
-def test_first_update_by_hand(dt):
+def test_first_update_by_hand():
     """Warm-up, clipping, AdamW: the weights decay by lr * decay, and move by lr where a gradient is."""
     fields = {"actor_lr": 0.1, "warmup_updates": 4, "weight_decay": 0.5, "gradient_norm": 0.01}
-    algorithm, batch = small(dt, **fields), padded()
-    before = [parameter.detach().clone() for parameter in algorithm.actor.parameters()]
-    slopes = gradients(algorithm, batch)
+    learner, batch = small(**fields), padded()
+    before = [parameter.detach().clone() for parameter in learner.actor.parameters()]
+    slopes = gradients(learner, batch)
     norm = math.sqrt(sum(float(slope.square().sum()) for slope in slopes))
     assert norm > 0.01
-    metrics = algorithm.update(batch)
+    metrics = learner.update(batch)
     assert float(metrics["actor/gradient_norm"]) == pytest.approx(norm, rel=1e-5)
     rate = 0.1 / 4
-    for old, slope, new in zip(before, slopes, algorithm.actor.parameters(), strict=True):
+    for old, slope, new in zip(before, slopes, learner.actor.parameters(), strict=True):
         slope = slope * 0.01 / norm
         expected = old * (1 - rate * 0.5) - rate * slope / (slope.abs() + 1e-8)
         np.testing.assert_allclose(new.detach(), expected, atol=1e-4)  # the clip divides by norm + 1e-6
-    moments = [algorithm.actor_optimizer.state[p]["exp_avg"] for p in algorithm.actor.parameters()]
+    moments = [learner.actor_optimizer.state[p]["exp_avg"] for p in learner.actor.parameters()]
     length = math.sqrt(sum(float(moment.square().sum()) for moment in moments))
     assert length == pytest.approx(0.1 * 0.01, rel=1e-3)  # 1 - beta_1 of the gradient as it was cut
-    assert algorithm.updates == 1
+    assert learner.updates == 1
 
 
-def test_small_gradients_are_not_cut(dt):
-    algorithm = small(dt, gradient_norm=1000.0)
-    slopes = gradients(algorithm, padded())
-    algorithm.update(padded())
-    moment = algorithm.actor_optimizer.state[algorithm.actor.head.weight]["exp_avg"]
-    names = [name for name, _ in algorithm.actor.named_parameters()]
+def test_small_gradients_are_not_cut():
+    learner = small(gradient_norm=1000.0)
+    slopes = gradients(learner, padded())
+    learner.update(padded())
+    moment = learner.actor_optimizer.state[learner.actor.head.weight]["exp_avg"]
+    names = [name for name, _ in learner.actor.named_parameters()]
     np.testing.assert_allclose(moment, 0.1 * slopes[names.index("head.weight")], rtol=1e-4, atol=1e-9)
 
 
-def test_the_step_size_warms_up_along_a_line_and_stays(dt):
-    algorithm, rates = small(dt, actor_lr=1e-3, warmup_updates=4), []
+def test_the_step_size_warms_up_along_a_line_and_stays():
+    learner, rates = small(actor_lr=1e-3, warmup_updates=4), []
     for _ in range(7):
-        rates.append(algorithm.actor_optimizer.param_groups[0]["lr"])
-        algorithm.update(padded())
+        rates.append(learner.actor_optimizer.param_groups[0]["lr"])
+        learner.update(padded())
     assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3, 1e-3])
 
 
-def test_compiled_is_eager(dt):
-    algorithm, batch = small(dt), padded()
-    eager, slopes = algorithm.actor_loss(batch)[0], gradients(algorithm, batch)
-    assert dt.compile_losses(algorithm, CPU)
-    assert algorithm.actor_loss(batch)[0].item() == pytest.approx(eager.item(), rel=1e-5)
-    for found, expected in zip(gradients(algorithm, batch), slopes, strict=True):
+def test_compiled_is_eager():
+    learner, batch = small(), padded()
+    eager, slopes = learner.actor_loss(batch)[0], gradients(learner, batch)
+    assert dt.compile_methods(learner, "actor_loss")
+    assert learner.actor_loss(batch)[0].item() == pytest.approx(eager.item(), rel=1e-5)
+    for found, expected in zip(gradients(learner, batch), slopes, strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 # ---------------------------------------- windows of the episodes -----------------------------------------
 
 
-def test_returns_to_go(dt):
-    algorithm = small(dt)
-    ones = algorithm.episode_columns(np.ones(3))
+def counted(rewards) -> dict[str, torch.Tensor]:
+    """What `steps` makes of an episode with these rewards."""
+    zeros = np.zeros((len(rewards), 2), np.float32)
+    episode = {"observations": np.zeros((len(rewards) + 1, 2), np.float32), "actions": zeros}
+    episode |= {"rewards": np.array(rewards, np.float32), "terminations": zeros[:, 0]}
+    return dt.steps([episode], small().scaler)
+
+
+@pytest.mark.equation(1)
+def test_returns_to_go():
+    ones = counted(np.ones(3))
     assert ones["returns_to_go"].tolist() == [3, 2, 1]
     assert ones["timesteps"].tolist() == [0, 1, 2]
-    assert algorithm.episode_columns(np.array([1.0, 2.0, 3.0]))["returns_to_go"].tolist() == [6, 5, 3]
-    assert algorithm.episode_columns(np.array([0.0, -2.0]))["returns_to_go"].tolist() == [-2, -2]
-    long = algorithm.episode_columns(np.full(100_000, 0.1, np.float32))["returns_to_go"]
-    assert long[0] == pytest.approx(100_000 * float(np.float32(0.1)), rel=1e-9)  # summed in double precision
+    assert counted([1.0, 2.0, 3.0])["returns_to_go"].tolist() == [6, 5, 3]
+    assert counted([0.0, -2.0])["returns_to_go"].tolist() == [-2, -2]
+    long = counted(np.full(100_000, 0.1))["returns_to_go"]
+    exact = 100_000 * float(np.float32(0.1))
+    assert float(long[0]) == pytest.approx(exact, rel=1e-7)  # summed in double precision
 
 
 LENGTHS = (4, 1, 1, 7, 2, 3)
@@ -317,15 +323,24 @@ def pieces(minari_root) -> str:
     return "test/dt/pieces-v0"
 
 
-def loaded(dt, name: str, algorithm, **options):
+def loaded(name: str, normalize_states: bool = True) -> tuple:
+    """The scaler and the steps of a dataset."""
     dataset = minari.load_dataset(name)
-    return dt.load_transitions(dataset, dataset.action_space, algorithm, **options)
+    episodes, _ = dt.read_episodes(dataset)
+    scaler = dt.fit_scaler(episodes, dataset.action_space, normalize_states)
+    return scaler, dt.steps(episodes, scaler)
 
 
-def test_a_window_never_crosses_an_episode(dt, pieces):
-    algorithm = small(dt, normalize_states=False, context=3)
-    data, *_ = loaded(dt, pieces, algorithm)
-    batch = algorithm.windows(data, torch.arange(18))
+def draw(data: dict, batch_size: int, seed: int, update: int, context: int = 3):
+    """Windows `update`, `update` + 1, ... as `train` draws them."""
+    for batch in dt.draw_batches({"starts": torch.arange(len(data["timesteps"]))}, batch_size, seed, update):
+        yield dt.windows(data, batch["starts"], context)
+
+
+@pytest.mark.equation(1)
+def test_a_window_never_crosses_an_episode(pieces):
+    _, data = loaded(pieces, normalize_states=False)
+    batch = dt.windows(data, torch.arange(18), 3)
     row = 0
     for episode in minari.load_dataset(pieces).iterate_episodes():
         rewards = episode.rewards
@@ -344,83 +359,93 @@ def test_a_window_never_crosses_an_episode(dt, pieces):
     assert row == 18
 
 
-def test_every_row_begins_as_many_windows(dt, pieces):
+def test_every_row_begins_as_many_windows(pieces, tmp_path, monkeypatch):
     """So an episode is drawn in proportion to its length, and its windows begin anywhere in it."""
-    algorithm = small(dt, normalize_states=False)
-    data, *_ = loaded(dt, pieces, algorithm)
-    data["observations"] = torch.arange(18.0)[:, None].expand(-1, 2) + 1
-    batches, rows = algorithm.draw_windows(data, 30, 0, 0), []
-    for _ in range(60):
-        rows += (next(batches)["observations"][:, 0, 0] - 1).long().tolist()
+    rows, windows = [], dt.windows
+
+    def noted(data, starts, context):
+        if len(starts) == 45:  # a batch of training
+            rows.extend(starts.tolist())
+        return windows(data, starts, context)
+
+    monkeypatch.setattr(dt, "windows", noted)
+    run(pieces, tmp_path, batch_size=45)
     counts = np.bincount(rows, minlength=18)
-    assert len(counts) == 18
+    assert (len(counts), counts.sum()) == (18, 40 * 45)
     assert (np.abs(counts - 100) < 5 * math.sqrt(100)).all()
 
 
-def test_windows_depend_on_seed_and_update_alone(dt, pieces):
-    algorithm = small(dt)
-    data, *_ = loaded(dt, pieces, algorithm)
-    whole, later = algorithm.draw_windows(data, 5, 1, 998), algorithm.draw_windows(data, 5, 1, 1000)
+def test_windows_depend_on_seed_and_update_alone(pieces):
+    _, data = loaded(pieces)
+    whole, later = draw(data, 5, 1, 998), draw(data, 5, 1, 1000)
     found = [next(whole) for _ in range(4)]
     torch.manual_seed(7)
     for expected in found[2:]:
         batch = next(later)
         assert batch.keys() == {"returns_to_go", "observations", "actions", "timesteps", "real"}
         assert all(torch.equal(batch[key], expected[key]) for key in batch)
-    other = next(algorithm.draw_windows(data, 5, 2, 1000))
+    other = next(draw(data, 5, 2, 1000))
     assert not torch.equal(other["actions"], found[2]["actions"])
 
 
-def test_drawing_leaves_the_data_alone(dt, pieces):
-    algorithm = small(dt)
-    data, *_ = loaded(dt, pieces, algorithm)
+def test_drawing_leaves_the_data_alone(pieces):
+    learner, (_, data) = small(), loaded(pieces)
     copy = {key: column.clone() for key, column in data.items()}
-    next(algorithm.draw_windows(data, 50, 0, 0))
-    algorithm.act_in_data(data, np.arange(18))
+    next(draw(data, 50, 0, 0))
+    learner.act_in_data(data, torch.arange(18))
     assert all(torch.equal(data[key], copy[key]) for key in data)
 
 
-@pytest.mark.parametrize(("quantile", "target"), [(1.0, 77.0), (0.5, 22.5), (0.0, -5.0)])
-def test_the_target_is_a_quantile_of_the_datas_returns(dt, pieces, quantile, target):
-    """Returns 10, -5, -5, 7 + ... + 13 = 70, 14 + 15 = 29 and 16 + 17 + 18 = 51."""
-    algorithm = small(dt, target_quantile=quantile)
-    loaded(dt, pieces, algorithm)
+@pytest.mark.parametrize(("quantile", "target"), [(1.0, 70.0), (0.5, 19.5), (0.0, -5.0)])
+def test_the_target_is_a_quantile_of_the_datas_returns(pieces, tmp_path, quantile, target):
+    """Returns 10, -5, -5, 7 + ... + 13 = 70, 14 + 15 = 29 and 16 + 17 + 18 = 51; and no environment."""
+    found = run(pieces, tmp_path, target_quantile=quantile)
     returns = [10, -5, -5, 70, 29, 51]
-    assert float(algorithm.actor.target) == pytest.approx(np.quantile(returns, quantile))
+    assert float(found.state["state"]["actor"]["target"]) == pytest.approx(np.quantile(returns, quantile))
+    assert np.quantile(returns, quantile) == target
+    assert found.info["result"] == "not evaluated"
+    assert found.evaluations.empty
 
 
 # ------------------------------------------------- acting -------------------------------------------------
 
 
-def plain_loop(dt, algorithm, environment, seed: int) -> tuple[list, list]:
-    """One episode alone, its history in lists: (actions, rewards). Weights and units are the algorithm's."""
-    units, context = algorithm.units, algorithm.config.context
+def plain_loop(learner, environment, seed: int) -> tuple[list, list]:
+    """One episode alone, its history in lists: (actions, rewards). Weights and scaler are the learner's."""
+    scaler, context = learner.scaler, learner.config.context
     observation, _ = environment.reset(seed=seed)
-    to_go, over = float(algorithm.actor.target), False
+    to_go, over = float(learner.actor.target), False
     steps, rewards, taken = [], [], []
-    algorithm.actor.eval()
+    learner.actor.eval()
     while not over:
-        standard = (np.asarray(observation, np.float32) - units.mean.numpy()) / units.std.numpy()
+        standard = (np.asarray(observation, np.float32) - scaler.mean.numpy()) / scaler.std.numpy()
         steps.append({"returns_to_go": to_go, "observations": standard, "timesteps": len(steps)})
         recent = [dict(step) for step in steps[-context:]]
-        recent[-1]["actions"] = np.full(len(units.low), 9.0)  # unknown: anything will do
+        recent[-1]["actions"] = np.full(len(scaler.low), 9.0)  # unknown: anything will do
         keys = ("returns_to_go", "observations", "actions", "timesteps")
         batch = {key: np.array([[step[key] for step in recent]], np.float32) for key in keys}
         with torch.no_grad():
             window = {key: torch.as_tensor(column) for key, column in batch.items()}
-            steps[-1]["actions"] = algorithm.actor(window)[0, -1].numpy()
-        low, high = units.low.numpy(), units.high.numpy()
+            steps[-1]["actions"] = learner.actor(window)[0, -1].numpy()
+        low, high = scaler.low.numpy(), scaler.high.numpy()
         taken.append(low + (steps[-1]["actions"] + 1) / 2 * (high - low))
         observation, reward, terminated, truncated, _ = environment.step(taken[-1])
         to_go, over = to_go - reward, terminated or truncated
         rewards.append(reward)
-    algorithm.actor.train()
+    learner.actor.train()
     return taken, rewards
 
 
 def vector(make, count: int = 10) -> gym.vector.SyncVectorEnv:
     mode = gym.vector.AutoresetMode.SAME_STEP
     return gym.vector.SyncVectorEnv([make] * count, copy=False, autoreset_mode=mode)
+
+
+def evaluate(learner, make, episodes: int, seed: tuple, count: int = 10) -> pd.DataFrame:
+    """The evaluation of `train`: the policy is told the rewards of the step before."""
+    environments = dt.LastRewards(vector(make, count))
+    act = lambda observations: learner.act(observations, environments.rewards)  # noqa: E731
+    return dt.evaluate(act, environments, episodes, seed)
 
 
 class Walk(gym.Env):
@@ -445,21 +470,22 @@ def pendulum_of_15_steps() -> gym.Env:
     return gym.make("Pendulum-v1", max_episode_steps=15)
 
 
+@pytest.mark.equation(2, 5)
 @pytest.mark.parametrize("make", [Walk, pendulum_of_15_steps])
-def test_evaluation_is_one_environment_played_with_its_own_history(dt, make):
+def test_evaluation_is_one_environment_played_with_its_own_history(make):
     """Episodes of many lengths, longer than context and timestep table, and more than environments."""
     alone = make()
     sizes = alone.observation_space.shape[0], alone.action_space.shape[0]
-    algorithm = small(dt, *sizes, context=4, timesteps=8, dropout=0.5, return_scale=10.0)
-    algorithm.actor.target.fill_(-30.0)
+    learner = small(*sizes, context=4, timesteps=8, dropout=0.5, return_scale=10.0)
+    learner.actor.target.fill_(-30.0)
     bounds = {"low": alone.action_space.low, "high": alone.action_space.high}
     numbers = {"mean": np.full(sizes[0], 0.1), "std": np.full(sizes[0], 0.5)}
-    algorithm.units.load_state_dict({k: torch.as_tensor(v) for k, v in (bounds | numbers).items()})
-    table = dt.evaluate(algorithm.act, vector(make), 13, (0, 5, 1))
+    learner.scaler = dt.Scaler(**bounds, **numbers)
+    table = evaluate(learner, make, 13, (0, 5, 1))
     seeds = np.random.SeedSequence((0, 5, 1)).generate_state(23).tolist()
     spread = set()
     for row in table.itertuples():
-        actions, rewards = plain_loop(dt, algorithm, alone, seeds[row.Index])
+        actions, rewards = plain_loop(learner, alone, seeds[row.Index])
         assert row.length == len(rewards)
         assert row._1 == pytest.approx(sum(rewards), abs=1e-3)
         spread |= {round(float(action[0]), 2) for action in actions}
@@ -483,14 +509,15 @@ class Recorder(gym.Env):
         return observation, float(self.step_number), self.step_number == 2 + self.seed % 3, False, {}
 
 
-def test_the_return_to_go_falls_by_the_rewards_received(dt, monkeypatch):
+@pytest.mark.equation(5)
+def test_the_return_to_go_falls_by_the_rewards_received(monkeypatch):
     """The environment's rewards, in the dataset's units: the network alone divides."""
-    algorithm, seen = small(dt, context=4, return_scale=7.0), []
-    algorithm.actor.target.fill_(50.0)
-    monkeypatch.setattr(algorithm.actor, "forward", lambda batch: (
+    learner, seen = small(context=4, return_scale=7.0), []
+    learner.actor.target.fill_(50.0)
+    monkeypatch.setattr(learner.actor, "forward", lambda batch: (
         seen.append({key: column.clone() for key, column in batch.items()})
         or torch.zeros_like(batch["actions"])))
-    dt.evaluate(algorithm.act, vector(Recorder, 3), 6, (0, 0, 0))
+    evaluate(learner, Recorder, 6, (0, 0, 0), 3)
     starts = [i for i, batch in enumerate(seen) if batch["timesteps"].shape[1] == 1]
     assert starts[0] == 0
     assert len(starts) == 2  # rounds; each begins with nothing remembered
@@ -503,108 +530,104 @@ def test_the_return_to_go_falls_by_the_rewards_received(dt, monkeypatch):
             assert seen[t]["observations"][row].tolist() == [[seed % 10, n] for n in range(t + 1)]
 
 
-def test_the_return_scale_is_the_same_in_training_and_in_acting(dt, pieces):
+def test_the_return_scale_is_the_same_in_training_and_in_acting(pieces):
     """Rewards and scale ten times as large: the same loss, the same actions."""
     found = []
     for factor in (1, 10):
-        algorithm = small(dt, return_scale=20.0 * factor)
-        data, *_ = loaded(dt, pieces, algorithm)
+        learner = small(return_scale=20.0 * factor)
+        learner.scaler, data = loaded(pieces)
         data["returns_to_go"] *= factor
-        algorithm.actor.target.mul_(factor)
-        loss = float(algorithm.actor_loss(next(algorithm.draw_windows(data, 16, 0, 0)))[0])
+        learner.actor.target.fill_(77.0 * factor)
+        loss = float(learner.actor_loss(next(draw(data, 16, 0, 0)))[0])
         rewards = [None, 3.0 * factor, 20.0 * factor]
-        acted = [algorithm.act(np.array([0.1, 0.3]), reward) for reward in rewards]
-        in_data = algorithm.act_in_data(data, np.arange(18))
+        acted = [learner.act(np.array([0.1, 0.3]), reward) for reward in rewards]
+        in_data = learner.act_in_data(data, torch.arange(18))
         found.append(np.concatenate([[loss], np.ravel(acted), np.ravel(in_data)]))
     np.testing.assert_allclose(*found, rtol=1e-4)
-    algorithm.actor.return_scale /= 10
-    acted = [algorithm.act(np.array([0.1, 0.3]), reward) for reward in rewards]
+    learner.actor.return_scale /= 10
+    acted = [learner.act(np.array([0.1, 0.3]), reward) for reward in rewards]
     assert np.abs(np.ravel(acted) - found[1][1:7]).max() > 1e-3
 
 
-def test_one_observation_or_a_batch(dt):
-    algorithm, rng = small(dt, context=2), np.random.default_rng(0)
+def test_one_observation_or_a_batch():
+    learner, rng = small(context=2), np.random.default_rng(0)
     observations, rewards = rng.normal(size=(4, 3, 2)), [None, *rng.normal(size=(3, 3))]
-    batch = [algorithm.act(o, r) for o, r in zip(observations, rewards)]
+    batch = [learner.act(o, r) for o, r in zip(observations, rewards)]
     for i in range(3):
         for t in range(4):
-            alone = algorithm.act(observations[t, i], None if t == 0 else rewards[t][i])
+            alone = learner.act(observations[t, i], None if t == 0 else rewards[t][i])
             assert alone.shape == (2,)
             np.testing.assert_allclose(alone, batch[t][i], atol=1e-5)
-    assert len(algorithm.history) == 2
+    assert len(learner.history) == 2
 
 
-def test_evaluation_leaves_no_trace(dt):
-    algorithm = small(dt, 3, 1, dropout=0.5)
-    environments = vector(lambda: gym.make("Pendulum-v1", max_episode_steps=5))
+def test_evaluation_leaves_no_trace():
+    learner = small(3, 1, dropout=0.5)
+    make = lambda: gym.make("Pendulum-v1", max_episode_steps=5)  # noqa: E731
     state = torch.get_rng_state()
-    first = dt.evaluate(algorithm.act, environments, 12, (0, 100, 0))
+    first = evaluate(learner, make, 12, (0, 100, 0))
     assert torch.equal(state, torch.get_rng_state())
-    assert all(module.training for module in algorithm.actor.modules())
-    again = dt.evaluate(algorithm.act, environments, 12, (0, 100, 0))
+    assert all(module.training for module in learner.actor.modules())
+    again = evaluate(learner, make, 12, (0, 100, 0))
     pd.testing.assert_frame_equal(first, again, check_exact=True)
 
 
-def test_support_gap_is_that_of_the_policy_after_the_datas_own_steps(dt, pieces):
+def test_actions_in_the_data_follow_the_datas_own_steps(pieces):
     """Played: the target is asked for at an episode's first step; then rewards and actions are the data's."""
-    algorithm = small(dt, context=3, dropout=0.5, return_scale=20.0)
-    data, *_ = loaded(dt, pieces, algorithm)
-    found = algorithm.act_in_data(data, np.arange(18))
-    played, raw = [], data["observations"] * algorithm.units.std + algorithm.units.mean
+    learner = small(context=3, dropout=0.5, return_scale=20.0)
+    learner.scaler, data = loaded(pieces)
+    learner.actor.target.fill_(77.0)
+    recorded = np.concatenate([episode.rewards for episode in minari.load_dataset(pieces).iterate_episodes()])
+    found = learner.act_in_data(data, torch.arange(18))
+    played, raw = [], data["observations"] * learner.scaler.std + learner.scaler.mean
     for row in range(18):
         t = int(data["timesteps"][row])
         for step in range(row - t, row + 1):
-            reward = None if step == row - t else float(data["rewards"][step - 1])
-            action = algorithm.act(raw[step].numpy(), reward)
-            algorithm.history[-1]["actions"] = data["actions"][step]
-        played.append(action)
+            reward = None if step == row - t else float(recorded[step - 1])
+            action = learner.act(raw[step].numpy(), reward)
+            learner.history[-1]["actions"] = data["actions"][step]
+        played.append(learner.scaler.scale_actions(action).numpy())
     np.testing.assert_allclose(found, played, atol=1e-5)
-    rows = np.random.default_rng(0).integers(18, size=1024)
-    gaps = (algorithm.units.scale_actions(np.array(played)) - data["actions"]).norm(dim=1)[rows]
-    assert dt.support_gap(algorithm, data) == pytest.approx(float(gaps.mean()), rel=1e-4)
-    assert algorithm.actor.training
+    assert learner.actor.training
 
 
 # -------------------------------------------------- runs --------------------------------------------------
 
 
-def run(dt, dataset: str, folder, **fields) -> SimpleNamespace:
-    fields = {"context": 4, "actor_lr": 1e-3, "warmup_updates": 30, "dropout": 0.2} | fields
-    dt.train(dt.parse_config(short(dataset, folder, **fields)))
-    place = folder / f"offline/dt/{dataset}/default/seed-0"
+def run(dataset: str, folder, script=dt, **fields) -> SimpleNamespace:
+    if script is dt:
+        fields = {"context": 4, "actor_lr": 1e-3, "warmup_updates": 30, "dropout": 0.2} | fields
+    script.train(script.parse_config(short(dataset, folder, **fields)))
+    place = folder / f"offline/{Path(script.__file__).stem}/{dataset}/default/seed-0"
     tables = {name: pd.read_csv(place / f"{name}.csv") for name in ("metrics", "evaluations")}
     info, state = json.loads((place / "run.json").read_text()), torch.load(place / "checkpoint.pt")
     return SimpleNamespace(place=place, info=info, state=state, **tables)
 
 
-def equal(one, other) -> bool:
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-
-
 @pytest.fixture(scope="module")
-def whole(dt, pendulum, tmp_path_factory) -> SimpleNamespace:
+def whole(pendulum, tmp_path_factory) -> SimpleNamespace:
     """A run of 40 updates."""
-    return run(dt, pendulum, tmp_path_factory.mktemp("whole"))
+    return run(pendulum, tmp_path_factory.mktemp("whole"))
 
 
-def test_a_run_gone_on_with_ends_in_the_same_bits(dt, pendulum, whole, tmp_path):
-    """Interrupted after 20 of 40 updates, with dropout, in the middle of warming up; other evaluations."""
-    run(dt, pendulum, tmp_path, updates=20)
-    resumed = run(dt, pendulum, tmp_path)
+def test_an_interrupted_run_ends_in_the_same_bits(pendulum, whole, tmp_path, capsys, monkeypatch):
+    """Saved after 20 of 40 updates, with dropout, in the middle of warming up; other evaluations."""
+    with monkeypatch.context() as patch:
+        at_update(dt, patch, 27, stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(pendulum, tmp_path)
+    resumed = run(pendulum, tmp_path)
+    assert "resumed at update 20" in capsys.readouterr().out
     for key in ("updates", "state", "rng"):
         assert equal(whole.state[key], resumed.state[key]), key
     pd.testing.assert_frame_equal(whole.evaluations, resumed.evaluations, check_exact=True)
     pd.testing.assert_frame_equal(whole.metrics.drop(columns=SPEED), resumed.metrics.drop(columns=SPEED))
     assert whole.info["score"] == resumed.info["score"]
-    often = run(dt, pendulum, tmp_path / "often", eval_every=10)
+    often = run(pendulum, tmp_path / "often", eval_every=10)
     assert equal(whole.state["state"], often.state["state"])
 
 
-def test_a_finished_policy_plays_as_it_was_evaluated(dt, pendulum, whole):
+def test_a_finished_policy_plays_as_it_was_evaluated(pendulum, whole):
     """In a loop of five lines: `act` takes an observation and the last reward, None at the beginning."""
     policy, env = dt.load(whole.place), gym.make("Pendulum-v1", max_episode_steps=100)
     assert float(policy.actor.target) == float(whole.state["state"]["actor"]["target"])
@@ -622,33 +645,12 @@ def test_a_finished_policy_plays_as_it_was_evaluated(dt, pendulum, whole):
         policy.act(observation)  # forgetting them is no silent beginning
 
 
-def test_without_an_environment(dt, minari_root, tmp_path):
-    """Losses and support gap on held-out windows, without dropout, and leaving no trace."""
-    env = gym.make("Pendulum-v1")
-    episodes = [random_episodes(env, 1, seed=i, steps=12 + i)[0] for i in range(12)]
-    spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
-    minari.create_dataset_from_buffers("test/dt/logs-v0", episodes, data_format="hdf5", **spaces)
-    found = run(dt, "test/dt/logs-v0", tmp_path)
-    assert found.info["result"].startswith("no environment: heldout/")
-    assert found.evaluations.empty
-    policy = dt.load(found.place)
-    data, held_out, facts = loaded(dt, "test/dt/logs-v0", policy, hold_out=True)
-    rest = [episode.rewards.sum() for i, episode in enumerate(episodes) if i != 9]
-    assert float(policy.actor.target) == pytest.approx(max(rest), rel=1e-6)
-    assert len(held_out["rewards"]) == len(held_out["timesteps"]) == 21
-    assert held_out["timesteps"].tolist() == [*range(21)]
-    assert held_out["returns_to_go"][0] == pytest.approx(episodes[9].rewards.sum(), rel=1e-5)
-    assert facts["transitions"] == len(data["returns_to_go"]) == sum(12 + i for i in range(12)) - 21
-    state = torch.get_rng_state()
-    again = dt.measure_heldout(policy, held_out)
-    assert torch.equal(state, torch.get_rng_state())
-    assert all(module.training for module in policy.actor.modules())
-    assert again == pytest.approx({key: found.info[key] for key in again})
-    assert again.keys() == {"heldout/actor/loss", "heldout/actor/support_gap"}
-    draws = policy.draw_windows(held_out, 16, 0, 0)
-    policy.actor.eval()
-    losses = [float(policy.actor_loss(next(draws))[0]) for _ in range(20)]
-    assert again["heldout/actor/loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+def test_support_gap_is_that_of_the_policy_after_the_datas_own_steps(pendulum, whole):
+    policy, (scaler, data) = dt.load(whole.place), loaded(pendulum)
+    assert all(map(torch.equal, scaler.buffers(), policy.scaler.buffers()))
+    rows = torch.as_tensor(np.random.default_rng(0).integers(1000, size=1024))
+    gaps = (policy.act_in_data(data, rows) - data["actions"][rows]).norm(dim=1)
+    assert whole.metrics["actor/support_gap"].iloc[-1] == pytest.approx(float(gaps.mean()), rel=1e-4)
 
 
 # ------------------------------------------------ learning ------------------------------------------------
@@ -672,7 +674,7 @@ class Blind(gym.Env):
 
 
 @pytest.fixture(scope="module")
-def mixed(minari_root) -> minari.MinariDataset:
+def mixed(minari_root) -> str:
     """A good and a bad policy, 100 episodes each: actions from 0.8 to 0.9, and from -0.9 to -0.8."""
     if "test/Blind-v0" not in gym.registry:
         gym.register("test/Blind-v0", f"{__name__}:Blind", max_episode_steps=8)
@@ -691,29 +693,22 @@ def mixed(minari_root) -> minari.MinariDataset:
             )
         )
     env = gym.make("test/Blind-v0")
-    return minari.create_dataset_from_buffers("test/dt/mixed-v0", episodes, env=env, data_format="hdf5")
+    minari.create_dataset_from_buffers("test/dt/mixed-v0", episodes, env=env, data_format="hdf5")
+    return "test/dt/mixed-v0"
 
 
-def learn(script, dataset: minari.MinariDataset, updates: int, **fields) -> float:
+def learn(dataset: str, folder: Path, script=dt, **fields) -> float:
     """Mean return of what the script learns from `dataset` with small networks."""
-    config = script.Config(hidden_dim=32, batch_size=64, actor_lr=3e-3, **fields)
-    torch.manual_seed(0)
-    algorithm = script.Algorithm(config, 2, 1, CPU)
-    env = gym.make("test/Blind-v0")
-    data, *_ = script.load_transitions(dataset, env.action_space, algorithm)
-    batches = getattr(algorithm, "draw_windows", script.draw_batches)(data, 64, 0, 0)
-    for _ in range(updates):
-        algorithm.update(next(batches))
-    table = script.evaluate(algorithm.act, vector(lambda: gym.make("test/Blind-v0")), 10, (0, 1))
-    return float(table["return"].mean())
+    small = {"hidden_dim": 32, "batch_size": 64, "actor_lr": 3e-3, "eval_every": 1000}
+    return run(dataset, folder, script, **{**small, **fields}).info["return_mean"]
 
 
-def test_who_is_asked_for_a_high_return_gets_one_where_imitation_gets_the_mean(dt, mixed):
+def test_who_is_asked_for_a_high_return_gets_one_where_imitation_gets_the_mean(mixed, tmp_path):
     """And who is asked for a low return gets that: it is the target that steers."""
-    assert abs(learn(load_script("offline/bc.py"), mixed, 200)) < 1.5
-    fields = {"context": 4, "hidden_layers": 1, "warmup_updates": 10, "return_scale": 8.0}
-    best = learn(dt, mixed, 150, **fields)
-    worst = learn(dt, mixed, 150, **fields, target_quantile=0.0)
+    assert abs(learn(mixed, tmp_path, load_script("offline/bc.py"), updates=200)) < 1.5
+    fields = {"hidden_layers": 1, "warmup_updates": 10, "return_scale": 8.0, "dropout": 0.1, "updates": 150}
+    best = learn(mixed, tmp_path / "best", **fields)
+    worst = learn(mixed, tmp_path / "worst", **fields, target_quantile=0.0)
     assert best > 8 * 0.8 - 0.3
     assert worst < -8 * 0.8 + 0.3
 
@@ -721,7 +716,7 @@ def test_who_is_asked_for_a_high_return_gets_one_where_imitation_gets_the_mean(d
 # ------------------------------------------------ configs -------------------------------------------------
 
 
-def test_configs_are_those_of_its_sibling_with_the_warm_up_scaled_to_the_updates(dt):
+def test_configs_are_those_of_its_sibling_with_the_warm_up_scaled_to_the_updates():
     """A tenth of the updates in both: 1,000 of 10,000, as the published 10,000 of 100,000."""
     folder = ROOT / "configs/offline"
     files = {path.relative_to(folder / "dt") for path in (folder / "dt").rglob("*.yaml")}

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, random_episodes, short
+from conftest import OFFLINE, ROOT, new_learner, random_episodes, short
 
 
 @pytest.fixture
@@ -48,9 +49,9 @@ def test_it_equals_one_environment_stepped_alone(scripts, name):
     td3_bc, alone = scripts["td3_bc"], gym.make(name)
     torch.manual_seed(3)
     sizes = alone.observation_space.shape[0], alone.action_space.shape[0]
-    policy = td3_bc.TD3BC(td3_bc.Config(), *sizes, torch.device("cpu"))
-    low, high = torch.as_tensor(alone.action_space.low), torch.as_tensor(alone.action_space.high)
-    policy.units.load_state_dict({"low": low, "high": high}, strict=False)
+    space = alone.action_space
+    scaler = td3_bc.Scaler(np.zeros(sizes[0]), np.ones(sizes[0]), space.low, space.high)
+    policy = td3_bc.TD3BC(td3_bc.Config(), scaler)
     environments = vector(lambda: gym.make(name))
     table = td3_bc.evaluate(policy.act, environments, 13, (0, 5, 1))
     assert len(table) == 13
@@ -165,25 +166,27 @@ def test_starts_depend_on_seed_and_update_alone(evaluate):
     assert all(starts(*seed) == seeds for seed, seeds in cases.items())
 
 
-@pytest.mark.parametrize("name", ["bc", "td3_bc", "iql"])
+@pytest.mark.parametrize("name", OFFLINE)
 def test_evaluation_leaves_every_generator_alone(scripts, name):
     """And the networks: their weights, and the mode in which dropout works."""
     script = scripts[name]
-    dropout = {"dropout": 0.5} if name == "iql" else {}
-    algorithm = script.Algorithm(script.Config(hidden_dim=8, **dropout), 3, 1, torch.device("cpu"))
+    dropout = {"dropout": 0.5} if hasattr(script.Config, "dropout") else {}
+    learner = new_learner(script, script.Config(hidden_dim=8, **dropout), 3, 1)
+    remembers = hasattr(script, "LastRewards")
+    act = partial(learner.act, rewards=None) if remembers else learner.act  # None: an episode begins
     environments = vector(lambda: gym.make("Pendulum-v1", max_episode_steps=5))
 
     def state() -> str:
         generators = torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()  # noqa: NPY002
-        weights = [weight.tolist() for weight in algorithm.actor.parameters()]
-        return repr((generators, weights, [module.training for module in algorithm.actor.modules()]))
+        weights = [weight.tolist() for weight in learner.actor.parameters()]
+        return repr((generators, weights, [module.training for module in learner.actor.modules()]))
 
     before = state()
-    first = script.evaluate(algorithm.act, environments, 12, (0, 100, 0))
+    first = script.evaluate(act, environments, 12, (0, 100, 0))
     assert state() == before
-    again = script.evaluate(algorithm.act, environments, 12, (0, 100, 0))
+    again = script.evaluate(act, environments, 12, (0, 100, 0))
     pd.testing.assert_frame_equal(first, again, check_exact=True)
-    other = script.evaluate(algorithm.act, environments, 12, (0, 200, 0))
+    other = script.evaluate(act, environments, 12, (0, 200, 0))
     assert not first.equals(other)
 
 
@@ -255,7 +258,8 @@ def test_known_scores(call, fortune, tmp_path, name, reward, score):
     assert (found.info["return_mean"], found.info["return_std"], found.info["length_mean"]) == (reward, 0, 1)
     assert (found.evaluations["return"] == reward).all()
     assert found.metrics["eval/score"].dropna().tolist() == pytest.approx([score] * 2, abs=5e-5)
-    assert f"score {score:.1f}, return {reward:.1f} +- 0.0" in found.out
+    assert f"final evaluation: score {score:.2f}, return_mean {reward:.2f}" in found.out
+    assert f"score {score:.1f} (best on the way, chosen with the simulator: {score:.1f})" in found.out
 
 
 def test_references_of_the_dataset_come_first(call, fortune, tmp_path):
@@ -270,4 +274,4 @@ def test_without_references_there_is_no_score(call, fortune, tmp_path, pair):
     assert (found.info["score"], found.info["best_score"], found.info["return_mean"]) == (None, None, 30)
     assert found.metrics["eval/score"].isna().all()
     assert "score" not in found.out.replace("seed-0", "")
-    assert "return 30.0 +- 0.0" in found.out
+    assert "return_mean 30.0 (best on the way" in found.out

@@ -219,7 +219,7 @@ def test_names_of_the_users_own(imported, call, tmp_path):
     columns |= {name: log["actions"][:, i] for i, name in enumerate("uvw")}
     columns |= {"r": log["rewards"], "end": log["terminations"], "cut": log["truncations"]}
     pd.DataFrame(columns).to_csv(path)
-    names = ("--observations", "x 'speed [m/s]'", "--actions", "u v w", "--rewards", "r")
+    names = ("--observations", "[x, 'speed [m/s]']", "--actions", "u v w", "--rewards", "r")
     status, _, err = call(path, *names, "--terminations", "end", "--truncations", "cut")
     assert (status, err) == (0, "")
     episode = minari.load_dataset("my/logs-v0")[0]
@@ -502,7 +502,8 @@ def test_files_that_cannot_be_read(refused, tmp_path, form):
         (("--file", "log.mat"), ".npz, .csv, .parquet"),
         (("--observation", "x"), "did you mean observations?"),
         (("--observations", "x y"), "no column"),
-        (("--observations", "'x"), "is no list"),
+        (("--observations", "'x"), "cannot read the config"),
+        (("--observations", "['x y', z]"), "no column"),
         (("--rewards", "rewards observations"), "rewards: one column"),
         (("--action_low", "0"), "None"),
         (("--action_low", "0 0", "--action_high", "1"), "one number each or 3"),
@@ -521,6 +522,20 @@ def test_bad_arguments(refused, arguments, words):
 
 
 # What it leaves on the disk
+
+
+def test_a_maze_leaves_no_temporary_files(imported, tmp_path, monkeypatch):
+    """Gymnasium-robotics writes one in the folder for temporary files, and leaves it there."""
+    log = {name: array for name, array in make_log().items() if name != "observations"}
+    log["actions"] = log["actions"][:, :2]
+    keys = {"achieved_goal": 2, "desired_goal": 2, "observation": 4}
+    log |= {f"observations/{key}": np.zeros((8, size)) for key, size in keys.items()}
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    dataset, _, _ = imported(log, "npz", "--environment", "PointMaze_UMaze-v3")
+    assert list((tmp_path / "scratch").iterdir()) == []
+    dataset.recover_environment()
+    assert len(list((tmp_path / "scratch").iterdir())) == 1
 
 
 def test_an_id_that_is_there_is_refused_with_the_way_out(imported, call, tmp_path):

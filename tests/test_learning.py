@@ -1,20 +1,25 @@
-"""On a problem whose answer is known TD3+BC and IQL find it where imitation fails, all on the scripts' own
-path from a Minari dataset to an evaluation in its environment.
+"""On a problem whose answer is known every script that learns values finds it where imitation fails, all on
+the scripts' own path from a Minari dataset to an evaluation in its environment.
 
 The problem is a corridor. A step costs 1 and moves by the action, at most STEP to the left or right. At the
 door on the right the episode ends; at the trapdoor on the left, which is nearer, it ends too, and costs TRAP.
 The data wander: wherever they are, half of their steps go left and half go right. So the mean action, which
 imitation learns, goes nowhere; no episode shows the way; and for such a wanderer the trapdoor is the better
 end, as it is over sooner: only who values a state by the best of its actions sees that the door is.
+
+What one seed comes to hangs on the last bits of a processor: so three seeds of four have to succeed.
 """
 
+import importlib.util
 import math
+from collections.abc import Iterator
 
 import gymnasium as gym
 import minari
 import numpy as np
 import pytest
 import torch
+from conftest import OFFLINE, ROOT, learner_class, load_script, new_learner
 from minari.data_collector import EpisodeBuffer
 
 STEP = 0.1
@@ -77,13 +82,13 @@ def store(name: str, episodes: list[EpisodeBuffer]) -> minari.MinariDataset:
 
 @pytest.fixture(scope="module")
 def strides(minari_root) -> minari.MinariDataset:
-    """Wanders in steps of nearly full length: IQL never asks its critic about the actions between."""
+    """Wanders in steps of nearly full length: none but good and bad actions, for who weighs the data's."""
     return store("test/corridor/strides-v0", [walk(seed) for seed in range(400)])
 
 
 @pytest.fixture(scope="module")
 def steps(minari_root) -> minari.MinariDataset:
-    """Wanders in steps of all lengths: TD3+BC follows its critic's slope, from the mean action on."""
+    """Wanders in steps of all lengths: an actor can follow its critic's slope, from the mean action on."""
     return store("test/corridor/steps-v0", [walk(seed, shortest=0.0) for seed in range(400)])
 
 
@@ -94,43 +99,111 @@ def mixed(minari_root) -> minari.MinariDataset:
     return store("test/corridor/mixed-v0", episodes)
 
 
-def learn(script, dataset: minari.MinariDataset, seed: int, updates: int, **fields) -> float:
-    """The mean return of the policy that the script learns with small networks and large steps."""
-    small = {"hidden_dim": 32, "batch_size": 128, "normalize_states": True, "compile": False}
-    small |= {"actor_lr": 3e-3, "critic_lr": 3e-3, "value_lr": 3e-3, "tau": 0.05, "discount": 0.95}
-    small = {name: value for name, value in small.items() if name in script.Config.__dataclass_fields__}
-    config = script.Config(seed=seed, updates=updates, **{**small, **fields})
-    torch.manual_seed(seed)
-    algorithm = script.Algorithm(config, 1, 1, torch.device("cpu"))
-    data, _, _ = script.load_transitions(dataset, Corridor.action_space, algorithm)
-    batches = script.draw_batches(data, config.batch_size, seed, 0)
-    for _ in range(updates):
-        algorithm.update(next(batches))
-    environments = script.make_environments(dataset, None, 10)
-    return float(script.evaluate(algorithm.act, environments, 10, (seed, updates))["return"].mean())
+def learns_values(name: str) -> bool:
+    script = load_script(f"offline/{name}.py")
+    return hasattr(new_learner(script, script.Config(), 1, 1), "critic")
 
 
-three_seeds = pytest.mark.parametrize("seed", range(3))
+VALUES = [name for name in OFFLINE if learns_values(name)]
+SMALL = {"hidden_dim": 32, "hidden_layers": 2, "batch_size": 128, "normalize_states": True, "compile": False}
+SMALL |= {"actor_lr": 3e-3, "critic_lr": 3e-3, "value_lr": 3e-3, "tau": 0.05, "discount": 0.95}
+SMALL |= {"updates": 600}
+
+# What a script needs beside SMALL, and its dataset where that is not `steps`. A new script needs no entry.
+SETTINGS = {
+    "awac": {"dataset": "strides"},
+    "bcq": {
+        "actor_lr": 1e-3,  # a faster xi is saturated before the door's worth has come through
+        "phi": 1.0,  # what the VAE makes of both directions lies between them
+        "vae_hidden_dim": 32,
+        "target_samples": 4,
+        "act_samples": 10,
+    },
+    "cql": {"dataset": "strides", "cql_weight": 0.1, "cql_actions": 4},
+    "iql": {"dataset": "strides", "expectile": 0.9},
+    "td3_bc": {"alpha": 10.0, "policy_delay": 1},
+}
 
 
-@three_seeds
-def test_td3_bc_reaches_the_optimum_where_imitation_goes_nowhere(scripts, steps, seed):
-    assert learn(scripts["bc"], steps, seed, 500) < 4 * OPTIMUM
-    assert learn(scripts["td3_bc"], steps, seed, 1000, alpha=10.0) >= OPTIMUM - 0.5
+def learn(script, dataset: minari.MinariDataset, **fields) -> Iterator[float]:
+    """Mean returns of the policies of seeds 0, 1, 2 and 3, which small networks learn in large steps."""
+    fields = {name: value for name, value in SMALL.items() if hasattr(script.Config, name)} | fields
+    for seed in range(4):
+        config = script.Config(seed=seed, **fields)
+        environments = script.make_environments(dataset, None)
+        episodes, _ = script.read_episodes(dataset)
+        if hasattr(config, "fraction"):
+            episodes = script.keep_best(episodes, config.fraction)
+        scaler = script.fit_scaler(episodes, environments.single_action_space, config.normalize_states)
+        data = script.transitions(episodes, scaler)
+        torch.manual_seed(seed)
+        learner = learner_class(script)(config, scaler)
+        batches = script.draw_batches(data, config.batch_size, seed, 0)
+        for _ in range(config.updates):
+            learner.update(next(batches))
+        table = script.evaluate(learner.act, environments, 10, (seed, config.updates))
+        yield float(table["return"].mean())
 
 
-@three_seeds
-def test_iql_reaches_the_optimum_where_imitation_goes_nowhere(scripts, strides, seed):
-    assert learn(scripts["bc"], strides, seed, 500) < 4 * OPTIMUM
-    assert learn(scripts["iql"], strides, seed, 1000, expectile=0.9) >= OPTIMUM - 0.5
+def mostly(returns: Iterator[float], low: float, high: float = 0.0) -> bool:
+    """Whether three of four returns lie between `low` and `high`; asks for no more than it takes to know."""
+    found = []
+    for value in returns:
+        found.append(value)
+        inside = sum(low <= value <= high for value in found)
+        if inside == 3 or len(found) - inside == 2:
+            break
+    print(found)  # pytest shows it where the test fails
+    return inside == 3
+
+
+def solves(script, name: str, dataset: minari.MinariDataset) -> bool:
+    """The contract: three seeds of four reach the door the shortest way."""
+    settings = {key: value for key, value in SETTINGS.get(name, {}).items() if key != "dataset"}
+    return mostly(learn(script, dataset, **settings), OPTIMUM - 0.5)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_who_learns_values_reaches_the_optimum(scripts, name, request):
+    dataset = SETTINGS.get(name, {}).get("dataset", "steps")
+    assert solves(scripts[name], name, request.getfixturevalue(dataset))
+
+
+@pytest.mark.parametrize("dataset", ["steps", "strides"])
+def test_imitation_goes_nowhere(scripts, dataset, request):
+    assert mostly(learn(scripts["bc"], request.getfixturevalue(dataset)), -math.inf, 4 * OPTIMUM)
+
+
+def test_there_are_scripts_that_learn_values():
+    assert {"awac", "bcq", "cql", "iql", "td3_bc"} <= {*VALUES}
+    assert not {"bc", "dt"} & {*VALUES}
+    assert {*SETTINGS} <= {*VALUES}
+
+
+WRONG = {
+    "its actor minimises Q": ("-weight * q.mean()", "weight * q.mean()"),
+    "its targets bootstrap through terminations": ('(1 - batch["terminations"]) * next_q', "next_q"),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_wrong_script_does_not(steps, tmp_path, mistake):
+    """The contract is none that whatever learns would meet."""
+    right, wrong = WRONG[mistake]
+    source, path = (ROOT / "algorithms/offline/td3_bc.py").read_text(), tmp_path / "wrong.py"
+    assert source.count(right) == 1
+    path.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location("reef_offline_wrong", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert not solves(script, "td3_bc", steps)
 
 
 def test_iql_at_expectile_one_half_follows_the_wanderers_value_into_the_trap(scripts, strides):
     """Half is the mean over the data's actions: one step better than the data, and no more."""
-    assert learn(scripts["iql"], strides, 0, 1000, expectile=0.5) == pytest.approx(TRAPPED, abs=1)
+    assert mostly(learn(scripts["iql"], strides, expectile=0.5), TRAPPED - 1, TRAPPED + 1)
 
 
-@three_seeds
-def test_imitating_the_best_fifth_reaches_the_optimum_where_imitating_all_does_not(scripts, mixed, seed):
-    assert learn(scripts["bc"], mixed, seed, 500) < 2 * OPTIMUM
-    assert learn(scripts["bc"], mixed, seed, 500, fraction=0.2) >= OPTIMUM - 0.5
+def test_imitating_the_best_fifth_reaches_the_optimum_where_imitating_all_does_not(scripts, mixed):
+    assert mostly(learn(scripts["bc"], mixed), -math.inf, 2 * OPTIMUM)
+    assert mostly(learn(scripts["bc"], mixed, fraction=0.2), OPTIMUM - 0.5)

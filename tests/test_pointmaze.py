@@ -35,6 +35,15 @@ def load_script():
 pointmaze = load_script()
 
 
+@pytest.fixture(autouse=True)
+def scratch(tmp_path_factory, monkeypatch) -> Path:
+    """The folder for temporary files of a test and of what it starts: there mazes leave files."""
+    folder = tmp_path_factory.mktemp("scratch")
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    return folder
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, str(SCRIPT), *SMALL, *arguments]
 
@@ -413,6 +422,17 @@ def test_it_leaves_only_the_dataset(roots):
         }
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_it_leaves_no_temporary_files(tmp_path, scratch, processes):
+    """Gymnasium-robotics alone leaves a file of every maze."""
+    pointmaze.gym.make(pointmaze.stock_spec("umaze"))
+    (left,) = scratch.iterdir()
+    left.unlink()
+    done = run(tmp_path, *PLAIN, "--processes", processes)
+    assert done.returncode == 0, done.stderr
+    assert list(scratch.iterdir()) == []
+
+
 @pytest.mark.parametrize("moment", ["collecting", "writing"])
 def test_a_killed_run_leaves_no_dataset_and_no_process(tmp_path, monkeypatch, moment):
     arguments = ("--dataset", "reef/pointmaze/umaze-goals-v0", "--goals", "true", "--steps", "20000")
@@ -470,7 +490,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing(main, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--maze", "big"), "medium"),
+        (("--maze", "big"), "maze: 'big' is not umaze or medium or large or large-stitch"),
         (("--steps", "299"), "one episode (300"),
         (("--steps", "0"), "steps"),
         (("--stepz", "300"), "did you mean steps?"),

@@ -305,7 +305,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing(call, folder, monkeypat
     [
         ({"policies": "best"}, ("reef/hopper/medium-v0 needs ", "best.safetensors", "sac.py")),
         ({"policies": "medium ladder-*"}, ("ladder-*.safetensors", "sac.py")),
-        ({"policies": " "}, (".safetensors",)),
+        ({"policies": " "}, ("policies: None is not text",)),
         ({"folder": "nowhere"}, ("nowhere/medium.safetensors",)),
         ({"environment": "Hoper-v5"}, ("environment", "Hoper-v5")),
         ({"environment": "CartPole-v1"}, ("environment", "CartPole-v1")),

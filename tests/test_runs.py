@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import gymnasium as gym
 import minari
@@ -23,48 +23,24 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import yaml
-from conftest import ROOT, load_script, random_episodes, short
+from conftest import OFFLINE, ROOT, learner_class, load_script, random_episodes, short
 
-SCRIPTS = ("bc", "td3_bc", "iql")
+pytest.register_assert_rewrite("runs")
+from runs import (  # noqa: E402
+    SPEED,
+    assert_same_run,
+    at_update,
+    checkpoint,
+    equal,
+    place,
+    record,
+    rewrite,
+    small,
+    stop,
+)
+
+pytest_plugins = ["runs"]
 NEVER = ("never", 0)
-SPEED = ["time/updates_per_second", "time/wall_seconds"]
-
-
-def place(runs: Path, name: str, dataset: str, variant: str = "default", seed: int = 0) -> Path:
-    return runs / "offline" / name / dataset / variant / f"seed-{seed}"
-
-
-def record(folder: Path) -> dict:
-    return json.loads((folder / "run.json").read_text())
-
-
-def equal(one, other) -> bool:
-    """Trees of Dicts, lists and tensors, bit for bit."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(equal, one, other))
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    return one == other
-
-
-def checkpoint(folder: Path) -> dict:
-    """All but the history: metrics have clocks in them, and evaluations.csv is compared as it is."""
-    content = torch.load(folder / "checkpoint.pt", weights_only=True)
-    del content["history"]
-    return content
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert (one / "evaluations.csv").read_bytes() == (other / "evaluations.csv").read_bytes()
-    assert equal(checkpoint(one), checkpoint(other))
-    tables = [pd.read_csv(folder / "metrics.csv") for folder in (one, other)]
-    assert all((np.diff(table["update"]) > 0).all() for table in tables)
-    pd.testing.assert_frame_equal(*[table.drop(columns=SPEED) for table in tables])
-    for key in ("score", "return_mean", "return_std", "config_hash", "dataset_hash", "status"):
-        assert record(one)[key] == record(other)[key]
 
 
 @pytest.fixture(scope="module")
@@ -75,21 +51,6 @@ def brief(minari_root) -> list[str]:
         episodes = random_episodes(env, 4, seed=10 * number)
         minari.create_dataset_from_buffers(name, episodes, env=env, data_format="hdf5")
     return ids
-
-
-@pytest.fixture(scope="module")
-def finished(scripts, pendulum, tmp_path_factory) -> Path:
-    """An output folder with a finished run of each of SCRIPTS."""
-    folder = tmp_path_factory.mktemp("finished")
-    for script in map(scripts.get, SCRIPTS):
-        script.train(script.parse_config(short(pendulum, folder)))
-    return folder
-
-
-@pytest.fixture
-def runs(finished, tmp_path) -> Path:
-    """A copy of `finished` to go on with."""
-    return shutil.copytree(finished, tmp_path / "runs")
 
 
 # ---------------------------------------------- killed runs ----------------------------------------------
@@ -114,11 +75,12 @@ def die_at(script, kind: str, number: int) -> None:
         return call
 
     write = Path.write_bytes
-    final = lambda algorithm, environments, episodes, seed: "final" if seed[-1] else "training"  # noqa: E731
+    final = lambda act, environments, episodes, seed: "final" if seed[-1] else "training"  # noqa: E731
     Path.write_bytes = mortal(write, lambda path, content: path.name.removesuffix(".new"))
     Path.replace = mortal(Path.replace, lambda path, target: "rename")
     script.evaluate = mortal(script.evaluate, final)
-    script.Algorithm.update = mortal(script.Algorithm.update, lambda algorithm, batch: "update")
+    learner = learner_class(script)
+    learner.update = mortal(learner.update, lambda learner, batch: "update")
     step = gym.vector.SyncVectorEnv.step
     gym.vector.SyncVectorEnv.step = mortal(step, lambda environments, actions: "step")
 
@@ -159,59 +121,47 @@ def codes(whole: list[tuple], torn: list[tuple], folder: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def killed(brief, tmp_path_factory) -> Path:
-    """An output folder with two runs of every script: `whole`, and `killed` six times and then left to end.
+def killed(scripts, brief, tmp_path_factory) -> Path:
+    """An output folder with two runs of every script: `whole`, and `killed` three times and then left to end.
 
-    Evaluations and checkpoints keep different time, so that both happen between two of the other. From the
-    fourth death on IQL's logs and checkpoints come at other updates than before.
+    Evaluations and checkpoints keep different time, so that both happen between two of the other. TD3+BC
+    dies at more moments, and IQL's logs and checkpoints come at other updates after its second death.
     """
     folder, whole, torn = tmp_path_factory.mktemp("killed"), [], []
-    for name in SCRIPTS:
+    for name in OFFLINE:
         draw = random.Random(name).randint
-        deaths = [
-            ("rename", draw(1, 6)),
-            ("update", draw(21, 45)),
-            ("step", draw(1, 10)),
-            ("checkpoint.pt", draw(1, 2)),
-            (("metrics.csv", "evaluations.csv", "run.json")[draw(0, 2)], 1),
-            ("final", 1),
-            NEVER,
-        ]
+        deaths = [("rename", draw(1, 6)), ("update", draw(21, 45)), ("final", 1), NEVER]
+        if name == "td3_bc":
+            half = ("metrics.csv", "evaluations.csv", "run.json")[draw(0, 2)]
+            deaths[2:2] = [("step", draw(1, 10)), ("checkpoint.pt", draw(1, 2)), (half, 1)]
+        fields = {"updates": 80, "eval_every": 15}
         for number, death in enumerate(deaths):
-            other = {"log_every": 7, "checkpoint_every": 33} if name == "iql" and number > 3 else {}
-            fields = {"updates": 100, "eval_every": 15} | other
-            torn.append((name, short(brief[0], folder, variant="killed", **fields), death))
-        whole.append((name, short(brief[0], folder, variant="whole", updates=100, eval_every=15)))
+            other = {"log_every": 7, "checkpoint_every": 33} if name == "iql" and number > 1 else {}
+            arguments = small(scripts[name], brief[0], folder, variant="killed", **fields | other)
+            torn.append((name, arguments, death))
+        whole.append((name, small(scripts[name], brief[0], folder, variant="whole", **fields)))
     expected = [0 if death is NEVER else -signal.SIGKILL for *_, death in torn]
     assert codes(whole, torn, folder) == expected, (folder / "log").read_text()
     return folder
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", OFFLINE)
 def test_a_run_killed_again_and_again_ends_in_the_same_bits(killed, brief, name):
     whole, torn = [place(killed, name, brief[0], variant) for variant in ("whole", "killed")]
-    assert (whole / "evaluations.csv").read_bytes() == (torn / "evaluations.csv").read_bytes()
-    assert equal(checkpoint(whole), checkpoint(torn))
-    assert checkpoint(whole)["updates"] == 100
-    tables = [pd.read_csv(folder / "metrics.csv").drop(columns=SPEED) for folder in (whole, torn)]
-    assert all((np.diff(table["update"]) > 0).all() for table in tables)
-    if name != "iql":
-        pd.testing.assert_frame_equal(*tables)
-    for folder in (whole, torn):
-        assert record(folder)["status"] == "finished"
-        assert not list(folder.glob("*.new"))
-    for key in ("score", "return_mean", "return_std", "best_score", "dataset_hash"):
-        assert record(whole)[key] == record(torn)[key]
+    assert checkpoint(whole)["updates"] == 80
+    if name == "iql":  # its rows are of other updates
+        shutil.copy(whole / "metrics.csv", torn / "metrics.csv")
+    assert_same_run(whole, torn)
 
 
 def test_the_killed_runs_went_on_from_their_checkpoints(killed):
     """Not from the start: that would end in the same bits too."""
     lines = (killed / "log").read_text().splitlines()
     resumed = [int(line.split()[-1]) for line in lines if line.startswith("resumed at update")]
-    assert len(resumed) >= 3 * 4
-    assert resumed.count(100) == 3  # after the death in the final evaluation
-    assert {*resumed} >= {20, 100}
-    assert not [line for line in lines if "not the same bits" in line]
+    assert len(resumed) == 2 * len(OFFLINE) + 3
+    assert resumed.count(80) == len(OFFLINE)  # after the death in the final evaluation
+    assert {*resumed} >= {20, 80}
+    assert not [line for line in lines if "maybe other bits" in line]
 
 
 def test_a_compiled_run_killed_ends_in_the_same_bits(brief, tmp_path):
@@ -227,81 +177,190 @@ def test_a_compiled_run_killed_ends_in_the_same_bits(brief, tmp_path):
     assert equal(checkpoint(whole), checkpoint(torn))
 
 
-def test_interrupted_and_killed_processes_of_their_own(pendulum, tmp_path):
-    """The status stays running; what there is, is whole; Ctrl-C says how to go on."""
-    folder, updates = place(tmp_path, "td3_bc", pendulum), [0]
+def test_interrupted_and_killed_processes_of_their_own(pendulum, tmp_path, sigint):
+    """The status stays running; what there is, is whole; Ctrl-C saves first and says how to go on."""
+    folder, saved = place(tmp_path, "td3_bc", pendulum), [0]
     script = [sys.executable, ROOT / "algorithms/offline/td3_bc.py"]
-    command = [*script, *short(pendulum, tmp_path, updates=1_000_000, eval_every=50)]
+    rhythm = {"eval_every": 50, "checkpoint_every": 1000}
+    command = [*script, *short(pendulum, tmp_path, updates=1_000_000, **rhythm)]
     for signal_number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        before, deadline = updates[-1], time.monotonic() + 300
-        while updates[-1] <= before + 20:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, **pipes)
+        before, deadline, seen = saved[-1], time.monotonic() + 300, 0
+        while seen <= before + 20:
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-            updates.append(checkpoint(folder)["updates"] if (folder / "checkpoint.pt").exists() else 0)
+            with contextlib.suppress(OSError, KeyError):
+                seen = max(pd.read_csv(folder / "metrics.csv")["update"], default=0)
         process.send_signal(signal_number)
         out, err = process.communicate(timeout=60)
         assert process.returncode == code
         assert out.count("resumed at update") == bool(before)
+        saved.append(checkpoint(folder)["updates"])
+        table = pd.read_csv(folder / "metrics.csv")
         if signal_number == signal.SIGINT:
             assert err == "td3_bc.py: interrupted; the same command goes on from what is saved\n"
+            assert saved[-1] >= table["update"].max()
+        else:
+            assert f"resumed at update {before:,}\n" in out
+            assert saved[-1] % 1000 == 0 or saved[-1] == before
         assert record(folder)["status"] == "running"
-        assert checkpoint(folder)["updates"] >= updates[-1]
-        assert pd.read_csv(folder / "metrics.csv")["update"].is_monotonic_increasing
+        assert table["update"].is_monotonic_increasing
         assert (pd.read_csv(folder / "evaluations.csv").groupby("update").size() == 3).all()
 
 
-# ---------------------------------------- finished and longer runs ----------------------------------------
+@pytest.mark.parametrize("name", OFFLINE)
+def test_control_c_saves_the_update_under_way(
+    call, scripts, pendulum, finished, tmp_path, monkeypatch, sigint, name
+):
+    folder, arguments = place(tmp_path, name, pendulum), small(scripts[name], pendulum, tmp_path)
+    with monkeypatch.context() as patch:
+        at_update(scripts[name], patch, 13, lambda: os.kill(os.getpid(), signal.SIGINT))
+        status, _, err = call(name, *arguments)
+    assert (status, err) == (130, f"{name}.py: interrupted; the same command goes on from what is saved\n")
+    assert checkpoint(folder)["updates"] == 13
+    assert record(folder)["status"] == "running"
+    status, out, _ = call(name, *arguments)
+    assert status == 0
+    assert "resumed at update 13\n" in out
+    assert_same_run(folder, place(finished, name, pendulum))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_second_control_c_does_not_wait(call, scripts, pendulum, tmp_path, monkeypatch, sigint):
+    """Within the same update: nothing is saved after it."""
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_update(scripts["td3_bc"], monkeypatch, 33, twice)
+    status, _, err = call("td3_bc", *short(pendulum, tmp_path))
+    assert (status, err.count("\n")) == (130, 1)
+    assert checkpoint(place(tmp_path, "td3_bc", pendulum))["updates"] == 20
+
+
+# ------------------------------------------------- clocks -------------------------------------------------
+
+
+class Clock:
+    """A clock that stands, but for what is added to it."""
+
+    def __init__(self, script, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_checkpoint_every_ten_minutes(call, scripts, pendulum, finished, tmp_path, monkeypatch):
+    """However far `checkpoint_every` is: at updates 7 and 25 here, and not a second before."""
+    script, folder, saved = scripts["td3_bc"], place(tmp_path, "td3_bc", pendulum), []
+    save, arguments = script.Run.save, short(pendulum, tmp_path, checkpoint_every=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Run, "save", lambda run, it: (saved.append(it.updates), save(run, it)))
+        clock = Clock(script, patch)
+        for update, seconds in {3: 300, 5: 300, 7: 1, 20: 600, 25: 1}.items():
+            at_update(script, patch, update, lambda seconds=seconds: clock.advance(seconds))
+        at_update(script, patch, 33, stop)
+        assert call("td3_bc", *arguments)[0] == 130
+    assert saved == [7, 25]
+    status, out, _ = call("td3_bc", *arguments)
+    assert status == 0
+    assert "resumed at update 25\n" in out
+    assert_same_run(folder, place(finished, "td3_bc", pendulum))
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_printed_every_minute_without_a_terminal(
+    call, scripts, pendulum, tmp_path, monkeypatch, terminal
+):
+    script = scripts["td3_bc"]
+    clock = Clock(script, monkeypatch)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(script, "tqdm", Quiet)
+    for update, seconds in {5: 59, 15: 2, 25: 59, 38: 3}.items():
+        at_update(script, monkeypatch, update, lambda seconds=seconds: clock.advance(seconds))
+    status, out, _ = call("td3_bc", *short(pendulum, tmp_path))
+    shown = [line for line in out.splitlines() if " of 40" in line]
+    assert status == 0
+    assert shown == ([] if terminal else ["update 20 of 40", "update 40 of 40"])
+
+
+class Quiet(list):
+    """tqdm without its bar."""
+
+    def __init__(self, numbers, **_):
+        super().__init__(numbers)
+
+    @staticmethod
+    def write(text: str) -> None:
+        print(text)
+
+
+# ----------------------------------------- finished and resumed -----------------------------------------
+
+
+@pytest.mark.parametrize("name", OFFLINE)
 def test_a_finished_run_prints_its_score_and_does_nothing(call, scripts, pendulum, runs, monkeypatch, name):
     monkeypatch.setattr(scripts[name], "load_dataset", None)  # not even the data are read
     folder = place(runs, name, pendulum)
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
     other = {"log_every": 1, "checkpoint_every": 1, "device": "cpu", "threads": 2, "wandb_project": "other"}
-    status, out, err = call(name, *short(pendulum, runs, **other))
+    status, out, err = call(name, *small(scripts[name], pendulum, runs, **other))
     assert (status, err) == (0, "")
     assert out == f"{folder} is finished: {record(folder)['result']}\n"
-    assert f"score {record(folder)['score']:.1f}, return {record(folder)['return_mean']:.1f}" in out
+    assert f"score {record(folder)['score']:.1f} (" in out
     assert f"chosen with the simulator: {record(folder)['best_score']:.1f})" in out
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("name", ["bc", "td3_bc"])
-def test_more_updates_continue_a_finished_run(call, pendulum, runs, tmp_path, name):
-    """From 40 to 80: the bits of a run of 80. Clocks go on from where they stood."""
-    folder, clock = place(runs, name, pendulum), "time/wall_seconds"
+def test_clocks_go_on_from_where_they_stood(call, scripts, pendulum, tmp_path, monkeypatch):
+    folder, clock = place(tmp_path, "td3_bc", pendulum), "time/wall_seconds"
+    with monkeypatch.context() as patch:
+        at_update(scripts["td3_bc"], patch, 25, stop)
+        assert call("td3_bc", *short(pendulum, tmp_path))[0] == 130
     content = torch.load(folder / "checkpoint.pt")
+    assert content["seconds"] >= content["history"]["metrics"][-1][clock] > 0
     content["history"]["metrics"][-1][clock] += 1000
+    content["seconds"] += 1000
     torch.save(content, folder / "checkpoint.pt")
-    status, out, _ = call(name, *short(pendulum, runs, updates=80))
-    assert status == 0
-    assert "resumed at update 40\n" in out
-    assert "not the same bits" not in out
-    assert call(name, *short(pendulum, tmp_path / "long", updates=80))[0] == 0
-    assert_same_run(folder, place(tmp_path / "long", name, pendulum))
-    assert yaml.safe_load((folder / "config.yaml").read_text())["updates"] == 80
-    assert record(folder)["config"]["updates"] == 80
-    assert pd.read_csv(folder / "metrics.csv")[clock].is_monotonic_increasing
+    assert call("td3_bc", *short(pendulum, tmp_path))[0] == 0
+    table = pd.read_csv(folder / "metrics.csv")
+    assert table["update"].tolist() == [10, 20, 30, 40]
+    assert table[clock].is_monotonic_increasing
     assert 1000 < record(folder)["wall_seconds"] < 1100
     assert 0 < record(folder)["updates_per_second"] < 100_000
 
 
 def test_a_resume_under_other_circumstances_says_so(call, pendulum, runs):
     folder = place(runs, "bc", pendulum)
-    info = record(folder)
-    info["versions"]["torch"], info["dataset_hash"] = "1.0", "abc"
-    (folder / "run.json").write_text(json.dumps(info))
-    status, out, _ = call("bc", *short(pendulum, runs, updates=60, threads=2))
+    versions = record(folder)["versions"] | {"torch": "1.0"}
+    rewrite(folder, versions=versions, dataset_hash="abc", status="running")
+    status, out, _ = call("bc", *short(pendulum, runs, threads=2))
     said = [line for line in out.splitlines() if line.startswith("resumed with")]
     assert status == 0
     assert len(said) == 3
-    assert "resumed with threads 2, begun with 1: not the same bits" in said
+    assert "resumed with threads 2, begun with 1: maybe other bits" in said
     assert any("versions" in line and "1.0" in line for line in said)
     assert any("dataset_hash" in line and "begun with abc" in line for line in said)
     assert record(folder)["threads"] == 2
+
+
+def test_a_run_under_two_commits_keeps_both(call, pendulum, runs, finished):
+    """And one that goes on under one of those it had is said to have no other."""
+    folder, now = place(runs, "bc", pendulum), record(place(finished, "bc", pendulum))["commit"]
+    rewrite(folder, commit="abc", status="running")
+    status, out, _ = call("bc", *short(pendulum, runs))
+    assert status == 0
+    assert f"resumed with commit {now}, begun with abc: maybe other bits\n" in out
+    assert record(folder)["commit"] == f"abc {now}"
+    rewrite(folder, status="running")
+    assert call("bc", *short(pendulum, runs))[0] == 0
+    assert record(folder)["commit"] == f"abc {now}"
+    assert_same_run(folder, place(finished, "bc", pendulum))
 
 
 def test_a_run_that_fails_says_so_and_goes_on_later(call, scripts, pendulum, finished, tmp_path, monkeypatch):
@@ -340,17 +399,17 @@ def test_tables_without_a_row_can_be_read(call, scripts, pendulum, tmp_path, mon
         assert (len(table), table.columns[0]) == (0, "update")
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", OFFLINE)
 def test_what_a_run_folder_holds(scripts, finished, pendulum, name):
     folder = place(finished, name, pendulum)
     files = {"config.yaml", "run.json", "metrics.csv", "evaluations.csv", "checkpoint.pt", "lock"}
     assert {path.name for path in folder.iterdir()} == files
-    config = scripts[name].parse_config(short(pendulum, finished))
+    config = scripts[name].parse_config(small(scripts[name], pendulum, finished))
     assert scripts[name].parse_config([f"--config_path={folder}/config.yaml"]) == config
     info = record(folder)
     assert info["config"] == vars(config)
     assert info["status"] == "finished"
-    assert (info["transitions"], info["clipped_actions"]) == (1000, 0.0)
+    assert len(info["dataset_hash"]) == len(info["config_hash"]) == 64
     assert (info["threads"], info["compiled"]) == (1, False)
     assert info["device"].startswith("cpu: ")
     assert len(info["device"]) > len("cpu: ")
@@ -381,7 +440,7 @@ def test_what_a_run_folder_holds(scripts, finished, pendulum, name):
     assert info["updates_per_second"] == pytest.approx(metrics["time/updates_per_second"].median())
     expected = {"actor/loss", "actor/support_gap", *SPEED}
     expected |= {f"eval/{key}" for key in ("score", "return_mean", "return_std", "length_mean", "success")}
-    assert expected | ({"critic/loss", "critic/q_mean"} if name != "bc" else set()) <= {*metrics}
+    assert expected | ({"critic/loss", "critic/q_mean"} if name not in {"bc", "dt"} else set()) <= {*metrics}
 
 
 def test_the_commit_of_the_script(tmp_path):
@@ -409,17 +468,24 @@ def test_the_commit_of_the_script(tmp_path):
     assert commit() == git("rev-parse", "HEAD") + "+"
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_checkpoint_holds_everything(scripts, finished, pendulum, name):
+Q = {"critic", "critic_optimizer", "target_critic"}
+PARTS = {
+    "awac": Q,
+    "bc": set(),
+    "bcq": Q | {"target_actor", "vae", "vae_optimizer"},
+    "cql": Q | {"temperature", "temperature_optimizer", "multiplier", "multiplier_optimizer"},
+    "dt": {"actor_schedule"},
+    "iql": Q | {"value", "value_optimizer", "actor_schedule"},
+    "td3_bc": Q | {"target_actor"},
+}
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_a_checkpoint_holds_everything(finished, pendulum, name):
     content = torch.load(place(finished, name, pendulum) / "checkpoint.pt", weights_only=True)
-    parts = {
-        "bc": {"units", "actor", "actor_optimizer"},
-        "td3_bc": {"units", "actor", "critic", "target_actor", "target_critic"},
-        "iql": {"units", "actor", "critic", "value", "target_critic", "actor_schedule", "value_optimizer"},
-    }
-    optimizers = {"actor_optimizer"} | ({"critic_optimizer"} if name != "bc" else set())
-    assert set(content["state"]) == parts[name] | optimizers
-    assert set(content) == {"updates", "state", "history", "rng"}
+    more = PARTS.get(name, set(content["state"]))  # of a script that is not listed: any
+    assert set(content["state"]) == {"scaler", "actor", "actor_optimizer"} | more
+    assert set(content) == {"updates", "state", "history", "rng", "seconds"}
     assert content["updates"] == 40
     steps = {int(entry["step"]) for entry in content["state"]["actor_optimizer"]["state"].values()}
     assert steps == {20 if name == "td3_bc" else 40}
@@ -427,34 +493,21 @@ def test_a_checkpoint_holds_everything(scripts, finished, pendulum, name):
 
 # ------------------------------------------- every field counts -------------------------------------------
 
-OTHER = {  # another value of every field that is not a switch
-    "seed": 1,
+OTHER = {  # another value of a field, where `other_value` would be none or not be seen in 20 updates
     "variant": "other",
     "updates": 24,
     "batch_size": 17,
-    "discount": 0.5,
-    "tau": 0.5,
-    "actor_lr": 0.01,
-    "critic_lr": 0.01,
-    "value_lr": 0.01,
-    "hidden_dim": 9,
     "hidden_layers": 1,
-    "alpha": 1.0,
-    "policy_noise": 0.9,
-    "noise_clip": 0.01,
+    "hidden_dim": 9,
     "policy_delay": 1,
-    "fraction": 0.5,
-    "expectile": 0.9,
-    "beta": 0.5,
-    "dropout": 0.5,
-    "reward_scale": 2.0,
-    "reward_shift": 1.0,
+    "noise_clip": 0.01,
+    "warmup_updates": 5,
+    "lagrange_gap": 5.0,
+    "act_samples": 1,
     "environment": "Pendulum-v1",
     "ref_min": -200.0,
     "ref_max": 1.0,
     "eval_every": 5,
-    "eval_episodes": 4,
-    "final_eval_episodes": 5,
     "log_every": 3,
     "checkpoint_every": 6,
     "device": "auto",
@@ -464,31 +517,46 @@ OTHER = {  # another value of every field that is not a switch
     "wandb_project": "other",
 }
 FREE = {"device", "threads", "log_every", "checkpoint_every", "wandb_mode", "wandb_project", "output_dir"}
-EVALUATION = {"environment", "eval_every", "eval_episodes", "final_eval_episodes"}
+EVALUATION = {"environment", "eval_every", "eval_episodes", "final_eval_episodes", "act_samples"}
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+def other_value(value: bool | float) -> bool | int | float:
+    """Within the limits of any field."""
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int) else value / 2 + 0.25
+
+
+@pytest.mark.parametrize("name", OFFLINE)
 def test_every_field_changes_something(scripts, brief, tmp_path, monkeypatch, name):
     """Weights, evaluations, score or what is recorded; and the hash, unless the field is free."""
     script = scripts[name]
-    small = {"updates": 20, "eval_every": 10, "eval_episodes": 2, "final_eval_episodes": 3}
+    brisk = {"updates": 20, "eval_every": 20, "eval_episodes": 2, "final_eval_episodes": 3}
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
-    monkeypatch.setattr(script, "compile_losses", lambda *_: True)
-    base = script.parse_config(short(brief[0], tmp_path / "base", **small, ref_min=-100, ref_max=0))
+    monkeypatch.setattr(script, "compile_methods", lambda *_: True)
+    monkeypatch.setattr(  # half of the time that so short a run takes
+        script, "provenance", lambda _: {"commit": "", "threads": torch.get_num_threads()}
+    )
+    base = script.parse_config(small(script, brief[0], tmp_path / "base", **brisk, ref_min=-100, ref_max=0))
     others = {**OTHER, "dataset": brief[1], "output_dir": str(tmp_path / "elsewhere")}
-    assert {field for field in vars(base) if type(getattr(base, field)) is not bool} <= {*others}
+
+    save, saved = script.Run.save, []
+    monkeypatch.setattr(script.Run, "save", lambda run, it: (saved.append(it.updates), save(run, it)))
 
     def outcome(field: str | None = None) -> dict:
+        saved.clear()
         changed = {"output_dir": str(tmp_path / str(field))}
-        changed |= {field: others.get(field, not getattr(base, field))} if field else {}
+        if field:
+            changed[field] = others[field] if field in others else other_value(getattr(base, field))
         config = dataclasses.replace(base, **changed)
-        script.train(config)
+        script.train(dataclasses.replace(config))  # a copy: where wandb fails, it is changed
         folder = place(Path(config.output_dir), name, config.dataset, config.variant, config.seed)
         found = {key: record(folder)[key] for key in ("config_hash", "score", "compiled", "threads")}
         return found | {
             "weights": checkpoint(folder)["state"],
             "evaluations": (folder / "evaluations.csv").read_text(),
             "rows": len(pd.read_csv(folder / "metrics.csv")),
+            "saved": [*saved],
             "precision": torch.get_float32_matmul_precision(),
         }
 
@@ -507,7 +575,7 @@ def test_every_field_changes_something(scripts, brief, tmp_path, monkeypatch, na
             assert {"threads": "threads", "compile": "compiled"}.get(field, field) not in same
             torch.set_num_threads(1)
         elif field in {"log_every", "checkpoint_every"}:
-            assert "rows" not in same, field
+            assert {"log_every": "rows", "checkpoint_every": "saved"}[field] not in same
             assert len(result) == 3, field
         elif field in FREE | {"variant"}:
             assert len(result) == 3 or (field == "device" and torch.cuda.is_available()), field
@@ -518,7 +586,7 @@ def test_every_field_changes_something(scripts, brief, tmp_path, monkeypatch, na
 
 def test_denormals_are_flushed(call, scripts, pendulum, tmp_path, monkeypatch):
     """Adam's first moment of an idle weight ends at 1e-45 and stays there; BCQ took 1.5 times as long."""
-    learner, products = scripts["td3_bc"].Algorithm, []
+    learner, products = scripts["td3_bc"].TD3BC, []
     update = learner.update
 
     def observed(algorithm, batch):
@@ -544,7 +612,8 @@ class FakeWandb(ModuleType):
 
     def __init__(self, fail_at: str = "", fail_from: int = 1):
         super().__init__("wandb")
-        self.fail_at, self.fail_from, self.options, self.calls, self.rows = fail_at, fail_from, None, 0, []
+        self.fail_at, self.fail_from, self.calls = fail_at, fail_from, 0
+        self.runs, self.rows = [], []
 
     def count(self, name: str) -> None:
         self.calls += name == self.fail_at
@@ -556,7 +625,7 @@ class FakeWandb(ModuleType):
 
     def init(self, **options):
         self.count("init")
-        self.options = options
+        self.runs.append(options)
         return self
 
     def log(self, row: dict, step: int) -> None:
@@ -570,18 +639,37 @@ def test_wandb_mirrors_the_metrics(call, pendulum, tmp_path, monkeypatch):
     arguments = short(pendulum, tmp_path, wandb_mode="offline", wandb_project="pearls", seed=3)
     assert call("td3_bc", *arguments)[0] == 0
     folder = place(tmp_path, "td3_bc", pendulum, seed=3)
-    *rows, last = fake.rows  # one for each row of the table, and the final evaluation
+    *rows, last = fake.rows  # metrics, evaluations, and the final one; wandb puts those of a step together
     rows = pd.DataFrame(rows)
-    assert (rows.pop("step") == rows["update"]).all()
-    pd.testing.assert_frame_equal(rows, pd.read_csv(folder / "metrics.csv"))
+    assert (rows["step"] == rows["update"]).all()
+    assert rows["step"].tolist() == [10, 20, 20, 30, 40, 40]
+    rows = rows.groupby("step").last().reset_index(drop=True)
+    pd.testing.assert_frame_equal(rows, pd.read_csv(folder / "metrics.csv"), check_like=True)
     assert last["step"] == last["update"] == record(folder)["config"]["updates"]
     assert last["final/score"] == record(folder)["score"]
     assert last["final/return_mean"] == record(folder)["return_mean"]
-    options = {key: fake.options[key] for key in ("project", "group", "name", "mode")}
+    (run,) = fake.runs
+    options = {key: run[key] for key in ("project", "group", "name", "mode")}
     group = f"td3_bc/{pendulum}/default"
     assert options == {"project": "pearls", "group": group, "name": "seed-3", "mode": "offline"}
-    assert fake.options["config"] == record(folder)["config"]
-    assert Path(fake.options["dir"]) == folder
+    assert run["config"] == record(folder)["config"]
+    assert Path(run["dir"]) == folder
+
+
+def test_a_resumed_run_is_the_same_in_wandb(call, scripts, pendulum, tmp_path, monkeypatch):
+    """And that of another seed is not."""
+    fake, script = FakeWandb(), scripts["td3_bc"]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    arguments = short(pendulum, tmp_path, wandb_mode="offline")
+    with monkeypatch.context() as patch:
+        at_update(script, patch, 25, stop)
+        assert call("td3_bc", *arguments)[0] == 130
+    assert call("td3_bc", *arguments)[0] == 0
+    assert call("td3_bc", *short(pendulum, tmp_path, wandb_mode="offline", seed=1))[0] == 0
+    first, resumed, other = fake.runs
+    assert first["id"] == resumed["id"] != other["id"]
+    assert first["resume"] == resumed["resume"] == "allow"
+    assert record(place(tmp_path, "td3_bc", pendulum))["wandb_id"] == first["id"]
 
 
 @pytest.mark.parametrize(("fail_at", "fail_from", "rows"), [("init", 1, 0), ("log", 1, 0), ("log", 3, 2)])
@@ -623,23 +711,27 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so_once(call, pendulum, tmp
     assert equal(checkpoint(folder)["state"], checkpoint(eager)["state"])
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", OFFLINE)
 def test_a_finished_policy_is_the_evaluated_one(scripts, finished, pendulum, name):
     script, folder = scripts[name], place(finished, name, pendulum)
     torch.manual_seed(7)
     policy = script.load(str(folder))
     env = gym.make("Pendulum-v1")
     observation, _ = env.reset(seed=0)
-    action = policy.act(observation)
+    begins = [None] if hasattr(script, "LastRewards") else []  # the rewards before an episode's first step
+    action = policy.act(observation, *begins)
     assert env.action_space.contains(action)
     batch = np.stack([observation, *(env.observation_space.sample() for _ in range(4))])
-    actions = policy.act(batch)
+    actions = policy.act(batch, *begins)
     assert actions.shape == (5, 1)
     np.testing.assert_allclose(actions[0], action, rtol=1e-5)
     assert np.ptp(actions) > 1e-3  # it looks at the observation
 
-    environments = script.make_environments(minari.load_dataset(pendulum), None, 10)
-    table = script.evaluate(policy.act, environments, 12, (0, 40, 1))
+    environments, act = script.make_environments(minari.load_dataset(pendulum), None), policy.act
+    if hasattr(script, "LastRewards"):
+        environments = script.LastRewards(environments)
+        act = lambda observations: policy.act(observations, environments.rewards)  # noqa: E731
+    table = script.evaluate(act, environments, 12, (0, 40, 1))
     rows = pd.read_csv(folder / "evaluations.csv").query("phase == 'final'").reset_index(drop=True)
     pd.testing.assert_frame_equal(table, rows[["return", "length", "success"]], check_exact=True)
 

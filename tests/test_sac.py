@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import math
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, load_script
+from conftest import ROOT, load_script, new_learner
 from oracles import ACT, BATCH, CPU, OBS, assert_loss_and_gradient, gaussian, q_values, squashed, weights
 from test_runs import equal
 from torch import nn
@@ -33,13 +35,13 @@ behavior = load_behavior()
 
 def make(**fields):
     """SAC with small networks of fixed weights; the target's differ from the critic's."""
-    algorithm = sac.SAC(sac.Config(hidden_dim=4, hidden_layers=2, **fields), OBS, ACT, CPU)
+    learner = new_learner(sac, sac.Config(hidden_dim=4, hidden_layers=2, **fields), OBS, ACT)
     rng = np.random.default_rng(7)  # so that each critic is the smaller one in some row
-    for network in (algorithm.actor, algorithm.critic, algorithm.target_critic):
+    for network in (learner.actor, learner.critic, learner.target_critic):
         for weight in network.parameters():
             weight.data = torch.tensor(rng.normal(scale=0.7, size=weight.shape), dtype=torch.float32)
-    algorithm.temperature.log.data.fill_(math.log(0.3))
-    return algorithm
+    learner.temperature.log.data.fill_(math.log(0.3))
+    return learner
 
 
 # ------------------------------------------------ losses ------------------------------------------------
@@ -47,11 +49,11 @@ def make(**fields):
 
 def test_critic_loss(batch, rows):
     """(1) and (2): the soft target, which neither a termination nor a gradient passes."""
-    algorithm = make(discount=0.9)
+    learner = make(discount=0.9)
     torch.manual_seed(5)
     noise = torch.randn(3, ACT).numpy().astype(np.float64)
-    actions, density = squashed(weights(algorithm.actor), rows["next_observations"], noise)
-    q = q_values(weights(algorithm.target_critic), rows["next_observations"], actions)
+    actions, density = squashed(weights(learner.actor), rows["next_observations"], noise)
+    q = q_values(weights(learner.target_critic), rows["next_observations"], actions)
     assert len({*np.sign(q[0] - q[1])[[0, 2]]}) == 2  # each is the smaller one in a row that counts
     soft = np.minimum(*q) - 0.3 * np.log(density)
     target = rows["rewards"] + 0.9 * np.where(rows["terminations"] == 1, 0, soft)
@@ -61,17 +63,17 @@ def test_critic_loss(batch, rows):
         return errors[0].mean() + errors[1].mean()
 
     torch.manual_seed(5)
-    loss, metrics = algorithm.critic_loss(batch)
-    others = [algorithm.actor, algorithm.target_critic, algorithm.temperature]
-    assert_loss_and_gradient(loss, algorithm.critic, oracle, others)
-    q = q_values(weights(algorithm.critic), rows["observations"], rows["actions"])
+    loss, metrics = learner.critic_loss(batch)
+    others = [learner.actor, learner.target_critic, learner.temperature]
+    assert_loss_and_gradient(loss, learner.critic, oracle, others)
+    q = q_values(weights(learner.critic), rows["observations"], rows["actions"])
     assert metrics["critic/q_mean"].item() == pytest.approx(q.mean(), rel=1e-5)
 
 
 def test_actor_loss(batch, rows):
     """(3), whose gradient goes through the actions into the critic's input."""
-    algorithm = make()
-    critic = weights(algorithm.critic)
+    learner = make()
+    critic = weights(learner.critic)
     torch.manual_seed(6)
     noise = torch.randn(3, ACT).numpy().astype(np.float64)
 
@@ -79,13 +81,13 @@ def test_actor_loss(batch, rows):
         actions, density = squashed(layers, rows["observations"], noise)
         return np.mean(0.3 * np.log(density) - np.minimum(*q_values(critic, rows["observations"], actions)))
 
-    actions, density = squashed(weights(algorithm.actor), rows["observations"], noise)
+    actions, density = squashed(weights(learner.actor), rows["observations"], noise)
     q = q_values(critic, rows["observations"], actions)
     assert len({*np.sign(q[0] - q[1])}) == 2
     torch.manual_seed(6)
-    loss, metrics = algorithm.actor_loss(batch)
-    others = [algorithm.target_critic, algorithm.temperature]
-    assert_loss_and_gradient(loss, algorithm.actor, oracle, others)
+    loss, metrics = learner.actor_loss(batch)
+    others = [learner.target_critic, learner.temperature]
+    assert_loss_and_gradient(loss, learner.actor, oracle, others)
     assert metrics["actor/entropy"].item() == pytest.approx(-np.log(density).mean(), rel=1e-5)
 
 
@@ -124,41 +126,41 @@ def test_the_log_density_is_finite_where_tanh_is_one(monkeypatch):
 @pytest.mark.parametrize(("entropy", "sign"), [(-ACT, 0), (-ACT + 0.5, 1), (-ACT - 0.5, -1), (3.0, 1)])
 def test_temperature_gradient(batch, entropy, sign):
     """(4): the surplus of entropy over -|A|. Too much entropy makes it cheaper, too little dearer."""
-    algorithm = make()
-    actor_loss, told = algorithm.actor_loss, {"actor/entropy": torch.tensor(float(entropy))}
-    algorithm.actor_loss = lambda batch: (actor_loss(batch)[0], told)
-    before = algorithm.temperature().item()
-    metrics = algorithm.update(batch)
-    assert algorithm.temperature.log.grad.item() == pytest.approx(entropy + ACT)
+    learner = make()
+    actor_loss, told = learner.actor_loss, {"actor/entropy": torch.tensor(float(entropy))}
+    learner.actor_loss = lambda batch: (actor_loss(batch)[0], told)
+    before = learner.temperature().item()
+    metrics = learner.update(batch)
+    assert learner.temperature.log.grad.item() == pytest.approx(entropy + ACT)
     assert np.sign(before - metrics["actor/temperature"].item()) == sign
 
 
 @pytest.mark.parametrize("frozen", ["actor", "critic", "temperature"])
 def test_each_optimizer_moves_its_own_network_only(batch, frozen):
-    algorithm = make(**{f"{frozen}_lr": 0.0})
-    before = {name: weights(getattr(algorithm, name)) for name in ("actor", "critic", "temperature")}
-    algorithm.update(batch)
+    learner = make(**{f"{frozen}_lr": 0.0})
+    before = {name: weights(getattr(learner, name)) for name in ("actor", "critic", "temperature")}
+    learner.update(batch)
     for name, old in before.items():
-        moved = any(np.any(a != b) for a, b in zip(weights(getattr(algorithm, name)), old))
+        moved = any(np.any(a != b) for a, b in zip(weights(getattr(learner, name)), old))
         assert moved == (name != frozen), name
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_target_is_the_exact_moving_average(batch, compiled):
-    algorithm, eager = make(tau=0.1), make(tau=0.1)
-    if compiled and not sac.compile_losses(algorithm, CPU):
+    learner, eager = make(tau=0.1), make(tau=0.1)
+    if compiled and not sac.compile_methods(learner, "critic_loss", "actor_loss"):
         pytest.skip("no C++ compiler")
-    average = weights(algorithm.target_critic)
+    average = weights(learner.target_critic)
     for step in range(5):
         torch.manual_seed(step)
-        algorithm.update(batch)
+        learner.update(batch)
         torch.manual_seed(step)
         eager.update(batch)
-        average = [0.9 * old + 0.1 * new for old, new in zip(average, weights(algorithm.critic))]
-    for ours, oracle, other in zip(*map(weights, (algorithm.target_critic, algorithm.critic, eager.critic))):
+        average = [0.9 * old + 0.1 * new for old, new in zip(average, weights(learner.critic))]
+    for ours, oracle, other in zip(*map(weights, (learner.target_critic, learner.critic, eager.critic))):
         np.testing.assert_allclose(oracle, other, rtol=1e-4, atol=1e-5)
         assert ours.shape == oracle.shape
-    for ours, oracle in zip(weights(algorithm.target_critic), average):
+    for ours, oracle in zip(weights(learner.target_critic), average):
         np.testing.assert_allclose(ours, oracle, rtol=1e-5, atol=1e-6)
 
 
@@ -200,9 +202,18 @@ class Picture(Clock):
         self.observation_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
 
 
+class DictActions(Clock):
+    """Its actions are Dicts."""
+
+    def __init__(self):
+        super().__init__()
+        self.action_space = gym.spaces.Dict({"force": self.action_space})
+
+
 gym.register("ReefClock-v0", Clock, max_episode_steps=5)
 gym.register("ReefDictClock-v0", Clock, max_episode_steps=5, kwargs={"dicts": True})
 gym.register("ReefBoundless-v0", Clock, max_episode_steps=5, kwargs={"bound": np.inf})
+gym.register("ReefDictActions-v0", DictActions, max_episode_steps=5)
 gym.register("ReefPicture-v0", Picture, max_episode_steps=5)
 
 
@@ -211,10 +222,9 @@ gym.register("ReefPicture-v0", Picture, max_episode_steps=5)
 def test_what_the_explorer_stores(name, random):
     """The last observation of an episode is its own, and only what ended for good is terminated."""
     environments = sac.make_simulators(name, 2)
-    algorithm, buffer = sac.SAC(sac.Config(hidden_dim=4), 3, 1, CPU), sac.ReplayBuffer(100, 3, 1, CPU)
-    bounds = {"low": torch.tensor([-2.0]), "high": torch.tensor([6.0])}
-    algorithm.units.load_state_dict(bounds, strict=False)
-    explorer = sac.Explorer(environments, algorithm, buffer, (0,))
+    learner = sac.SAC(sac.Config(hidden_dim=4), sac.Scaler(np.zeros(3), np.ones(3), [-2.0], [6.0]))
+    buffer = sac.ReplayBuffer(100, 3, 1, CPU)
+    explorer = sac.Explorer(environments, learner, buffer, (0,))
     for _ in range(17):
         explorer.step(random)
     assert buffer.added == 34
@@ -256,18 +266,17 @@ def test_buffer_keeps_the_newest_rows_as_given():
 
 
 def test_act_and_explore_speak_the_environments_units():
-    algorithm = make()
-    bounds = {"low": torch.tensor([-2.0, 0.0]), "high": torch.tensor([6.0, 1.0])}
-    algorithm.units.load_state_dict(bounds, strict=False)
+    learner = make()
+    learner.scaler = sac.Scaler(np.zeros(OBS), np.ones(OBS), [-2.0, 0.0], [6.0, 1.0])
     observations = np.array(BATCH["observations"])
-    mean, std = gaussian(weights(algorithm.actor), observations)
+    mean, std = gaussian(weights(learner.actor), observations)
     scale = lambda actions: np.array([-2, 0]) + (actions + 1) / 2 * np.array([8, 1])  # noqa: E731
-    np.testing.assert_allclose(algorithm.act(observations), scale(np.tanh(mean)), rtol=1e-4, atol=1e-5)
-    assert algorithm.act(observations[0]).shape == (ACT,)
+    np.testing.assert_allclose(learner.act(observations), scale(np.tanh(mean)), rtol=1e-4, atol=1e-5)
+    assert learner.act(observations[0]).shape == (ACT,)
     torch.manual_seed(1)
     noise = torch.randn(3, ACT).numpy()
     torch.manual_seed(1)
-    sampled = algorithm.explore(observations)
+    sampled = learner.explore(observations)
     np.testing.assert_allclose(sampled, scale(np.tanh(mean + std * noise)), rtol=1e-4, atol=1e-5)
 
 
@@ -284,10 +293,10 @@ def tiny(output_dir: Path, **fields) -> list[str]:
     return [f"--{name}={value}" for name, value in fields.items()]
 
 
-def learn(output_dir: Path, **fields) -> Path:
+def train(output_dir: Path, **fields) -> Path:
     """Runs to the end; its folder."""
     config = sac.parse_config(tiny(output_dir, **fields))
-    sac.learn(config)
+    sac.train(config)
     return folder_of(output_dir, config.environment, config.seed)
 
 
@@ -309,7 +318,7 @@ def checkpoint(folder: Path) -> dict:
 def finished(tmp_path_factory) -> Path:
     """Folder of a finished run."""
     torch.set_num_threads(1)
-    return learn(tmp_path_factory.mktemp("finished"))
+    return train(tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture
@@ -321,7 +330,7 @@ def main(tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         status = 0
         try:
-            sac.main(sac.learn)
+            sac.main(sac.train)
         except SystemExit as end:
             status = end.code
         return status, *capsys.readouterr()
@@ -336,22 +345,23 @@ def test_what_a_run_leaves(finished):
     assert metrics["update"].tolist() == [10, 20, 30, 40]
     assert metrics["environment_steps"].tolist() == [63, 93, 123, 153]  # 33 random ones, then 3 an update
     assert (metrics["resumed"] == 0).all()
-    assert metrics.drop(columns="eval/success").notna().all().all()
+    assert metrics.drop(columns=["eval/success", "eval/score"]).notna().all().all()
     assert evaluations.groupby(["update", "phase"]).size().to_dict() == {
         (10, "training"): 3, (20, "training"): 3, (30, "training"): 3, (40, "training"): 3, (40, "final"): 12}
     final = evaluations.query("phase == 'final'")
     assert info["return_mean"] == pytest.approx(final["return"].mean())
     assert info["return_std"] == pytest.approx(final["return"].std(ddof=0))
-    assert info["best_return"] == metrics["eval/return_mean"].max()
-    assert (info["environment_steps"], info["resumed"]) == (153, 0)
-    assert f"return {info['return_mean']:.1f} +- " in info["result"]
+    assert (info["environment_steps"], info["resumed"], info["score"]) == (153, 0, None)
+    best = metrics["eval/return_mean"].max()
+    assert f"return_mean {info['return_mean']:.1f} (best on the way, chosen with the sim" in info["result"]
+    assert f": {best:.1f})" in info["result"]
     for _, row in metrics.iterrows():
         returns = evaluations.query("phase == 'training' and update == @row['update']")["return"]
         assert row["eval/return_mean"] == pytest.approx(returns.mean())
 
 
 def test_denormals_are_flushed(tmp_path):
-    learn(tmp_path)
+    train(tmp_path)
     assert float(torch.tensor(1e-30) * torch.tensor(1e-10)) == 0
 
 
@@ -360,12 +370,12 @@ def test_load_gives_the_policy(finished):
     one, many = policy.act([1.0, 0.0, 0.5]), policy.act(np.zeros((7, 3)))
     assert (one.shape, many.shape) == ((1,), (7, 1))
     assert np.all((many >= -2) & (many <= 6))
-    assert policy.units.high.item() == 6
+    assert policy.scaler.high.item() == 6
     np.testing.assert_array_equal(one, sac.load(finished).act([1.0, 0.0, 0.5]))
 
 
 def test_same_seed_same_bits(finished, tmp_path):
-    again, other = learn(tmp_path), learn(tmp_path, seed=1)
+    again, other = train(tmp_path), train(tmp_path, seed=1)
     assert equal(checkpoint(again), checkpoint(finished))
     assert (again / "evaluations.csv").read_bytes() == (finished / "evaluations.csv").read_bytes()
     for rung in (finished / "ladder").iterdir():
@@ -375,7 +385,7 @@ def test_same_seed_same_bits(finished, tmp_path):
 
 def test_evaluations_do_not_change_training(finished, tmp_path):
     """Neither their number nor their episodes do, and their noise comes from seed and update."""
-    rarely = learn(tmp_path, eval_every=20, eval_episodes=11)
+    rarely = train(tmp_path, eval_every=20, eval_episodes=11)
     assert equal(checkpoint(rarely), checkpoint(finished))
     ours, theirs = (pd.read_csv(folder / "evaluations.csv") for folder in (rarely, finished))
     pick = "phase == 'training' and update == 40 and episode < 3"
@@ -384,15 +394,23 @@ def test_evaluations_do_not_change_training(finished, tmp_path):
 
 def test_the_noise_of_an_evaluation_comes_from_seed_update_and_phase(tmp_path, monkeypatch):
     drawn, runs = {}, ({"eval_every": 10}, {"eval_every": 20}, {"seed": 1})
+    evaluate = sac.evaluate
 
-    def evaluate(act, environments, episodes, seed):
+    def watched(act, environments, episodes, seed):
         assert act.__name__ == "explore"  # sampled actions, as in a dataset
-        drawn.setdefault(seed, []).append(torch.rand(2).tolist())
-        return pd.DataFrame({"return": [0.0], "length": [5], "success": [math.nan]})
+        noise = []
 
-    monkeypatch.setattr(sac, "evaluate", evaluate)
+        def noisy(observations):
+            noise.append(torch.rand(2).tolist())
+            return act(observations)
+
+        table = evaluate(noisy, environments, episodes, seed)
+        drawn.setdefault(seed, []).append(noise[0])
+        return table
+
+    monkeypatch.setattr(sac, "evaluate", watched)
     for number, fields in enumerate(runs):
-        learn(tmp_path / str(number), **fields)
+        train(tmp_path / str(number), **fields)
     assert [len(drawn[0, update, 0]) for update in (10, 20, 30, 40)] == [1, 2, 1, 2]
     assert all(numbers == [numbers[0]] * len(numbers) for numbers in drawn.values())
     assert len({tuple(numbers[0]) for numbers in drawn.values()}) == len(drawn) == 10
@@ -414,7 +432,7 @@ def scripted(monkeypatch, returns: dict[int, float]) -> dict[int, dict]:
 
 def test_ladder_holds_the_records(tmp_path, monkeypatch):
     seen = scripted(monkeypatch, {10: -5.0, 20: 3.0, 30: 3.0, 40: 2.0, 50: 7.0, 60: 8.0})
-    folder = learn(tmp_path, updates=60)
+    folder = train(tmp_path, updates=60)
     rungs = sorted((folder / "ladder").iterdir())
     assert [rung.name for rung in rungs] == [f"{update:09}.safetensors" for update in (10, 20, 50, 60)]
     for rung in rungs:
@@ -433,14 +451,14 @@ def test_resumed_run(tmp_path, monkeypatch, capsys):
     scripted(monkeypatch, returns)
     update, folder = sac.SAC.update, folder_of(tmp_path)
 
-    def mortal(algorithm, batch):
-        if algorithm.updates == 37:
+    def mortal(learner, batch):
+        if learner.updates == 37:
             raise KeyboardInterrupt
-        return update(algorithm, batch)
+        return update(learner, batch)
 
     monkeypatch.setattr(sac.SAC, "update", mortal)
     with pytest.raises(KeyboardInterrupt):
-        learn(tmp_path)
+        train(tmp_path)
     assert json.loads((folder / "run.json").read_text())["status"] == "running"
     assert pd.read_csv(folder / "metrics.csv")["update"].tolist() == [10, 20, 30]
     assert rungs_of(folder) == [10, 20, 30]
@@ -453,7 +471,7 @@ def test_resumed_run(tmp_path, monkeypatch, capsys):
     policies.append(checkpoint(folder)["state"]["actor"])
 
     def watched(explorer, random):
-        actor = explorer.algorithm.actor.state_dict()
+        actor = explorer.learner.actor.state_dict()
         if len(started) < 17:
             started.append([equal(actor, policy) for policy in policies].index(True))
         randoms.append(random)
@@ -462,48 +480,70 @@ def test_resumed_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sac.SAC, "update", update)
     monkeypatch.setattr(sac.Explorer, "step", watched)
     returns[30] = 1.5  # this time no record
-    learn(tmp_path)
-    assert "resumed at update 20: first 50 steps fill a new buffer" in capsys.readouterr().out
+    train(tmp_path)
+    assert "resumed at update 20\nfirst 50 steps fill a new buffer\n" in capsys.readouterr().out
     assert randoms == [False] * (17 + 20)  # 17 * 3 >= 50
     assert started == [0] * 6 + [1] * 5 + [2] * 6  # a third of the 50 each, three at a time
     metrics = pd.read_csv(folder / "metrics.csv")
     pd.testing.assert_frame_equal(metrics[:2], first[:2])
-    assert metrics["update"].tolist() == [10, 20, 30, 40]
-    assert metrics["resumed"].tolist() == [0, 0, 1, 1]
-    assert metrics["environment_steps"].tolist() == [63, 93, 93 + 51 + 30, 93 + 51 + 60]
+    assert metrics["update"].tolist() == [10, 20, 21, 30, 40]
+    assert metrics["resumed"].tolist() == [0, 0, 1, 1, 1]
+    assert metrics["environment_steps"].tolist() == [63, 93, 93 + 51 + 3, 93 + 51 + 30, 93 + 51 + 60]
     assert (metrics["time/wall_seconds"].diff()[1:] > 0).all()
     assert len(pd.read_csv(folder / "evaluations.csv")) == 4 * 3 + 12
     assert rungs_of(folder) == [10, 20, 40]
-    assert not np.array_equal(*[table["critic/loss"][2] for table in (metrics, first)])  # another buffer
+    losses = [table.query("update == 30")["critic/loss"].item() for table in (metrics, first)]
+    assert losses[0] != losses[1]  # another buffer
 
 
-def test_more_updates_continue_a_finished_run(finished, tmp_path, capsys, monkeypatch):
-    shutil.copytree(finished, folder_of(tmp_path))
-    begin, seeds = sac.Explorer.__init__, []
+def test_a_finished_run_is_left_alone(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished, folder_of(tmp_path))
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    train(tmp_path)
+    assert "is finished: return_mean" in capsys.readouterr().out
+    with pytest.raises(sac.UserError, match="another config: updates 40 -> 60"):
+        train(tmp_path, updates=60)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
-    def watched(explorer, environments, algorithm, buffer, seed):
+
+def test_interrupted_runs_count_every_step_and_explore_other_episodes(tmp_path, capsys, monkeypatch):
+    """Ctrl-C saves between two rows of metrics.csv, here before there is any, and in the first update."""
+    begin, update, seeds, ends = sac.Explorer.__init__, sac.SAC.update, [], [7, 8, 35, 99]
+
+    def watched(explorer, environments, learner, buffer, seed):
         seeds.append(seed)
-        begin(explorer, environments, algorithm, buffer, seed)
+        begin(explorer, environments, learner, buffer, seed)
+
+    def interrupted(learner, batch):
+        if learner.updates == ends[0]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(learner, batch)
 
     monkeypatch.setattr(sac.Explorer, "__init__", watched)
-    learn(tmp_path)
-    assert "is finished: return" in capsys.readouterr().out
-    folder = learn(tmp_path, updates=60)
+    monkeypatch.setattr(sac.SAC, "update", interrupted)
+    for saved in (8, 9, 36):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path)
+        assert checkpoint(folder_of(tmp_path))["updates"] == saved
+        del ends[0]
+    folder = train(tmp_path)
     metrics = pd.read_csv(folder / "metrics.csv")
-    assert metrics["update"].tolist() == [10, 20, 30, 40, 50, 60]
-    assert metrics["environment_steps"].iloc[-1] == 153 + 51 + 60
-    assert json.loads((folder / "run.json").read_text())["resumed"] == 1
-    learn(tmp_path, updates=70)
-    learn(tmp_path, seed=1)
-    assert seeds == [(0, 1, 2), (0, 2, 2), (1, 0, 2)]  # other episodes each time; evaluations end in 0 or 1
+    assert metrics["update"].tolist() == [9, 10, 20, 30, 37, 40]
+    assert metrics["resumed"].tolist() == [1, 2, 2, 2, 3, 3]
+    steps = [33 + 3 * update + 51 * resumed for update, resumed in zip(metrics["update"], metrics["resumed"])]
+    assert metrics["environment_steps"].tolist() == steps
+    info = json.loads((folder / "run.json").read_text())
+    assert (info["environment_steps"], info["resumed"]) == (steps[-1], 3)
+    train(tmp_path, seed=1)
+    assert seeds == [(0, 0, 2), (0, 1, 2), (0, 2, 2), (0, 3, 2), (1, 0, 2)]  # evaluations end in 0 or 1
 
 
 def test_a_loss_that_is_nan_stops_the_run(main, tmp_path, monkeypatch):
     critic_loss = sac.SAC.critic_loss
 
-    def broken(algorithm, batch):
-        loss, metrics = critic_loss(algorithm, batch)
-        factor = math.nan if algorithm.updates > 22 else 1
+    def broken(learner, batch):
+        loss, metrics = critic_loss(learner, batch)
+        factor = math.nan if learner.updates > 22 else 1
         return loss * factor, {**metrics, "critic/loss": metrics["critic/loss"] * factor}
 
     monkeypatch.setattr(sac.SAC, "critic_loss", broken)
@@ -535,9 +575,10 @@ def test_a_failure_is_noted(main, tmp_path, monkeypatch):
     ("fields", "words"),
     [
         ({"environment": "Hoper-v5"}, "cannot make Hoper-v5"),
-        ({"environment": "CartPole-v1"}, "not for Discrete(2): it takes vectors (Box); none here takes"),
+        ({"environment": "CartPole-v1"}, "not for Discrete(2): it takes vectors (Box)"),
         ({"environment": "ReefPicture-v0"}, "it takes vectors"),
-        ({"environment": "ReefBoundless-v0"}, "have no bounds"),
+        ({"environment": "ReefBoundless-v0"}, "are no vectors with bounds: Box(-2.0, inf"),
+        ({"environment": "ReefDictActions-v0"}, "are no vectors with bounds: Dict("),
         ({"buffer_size": 10**13}, "GB are free"),
         ({"device": "warp:3"}, "cannot use warp:3"),
         ({"updates": 0}, "updates"),
@@ -563,7 +604,7 @@ def test_it_learns_to_swing_the_pendulum_up(tmp_path):
     rates = {"actor_lr": 1e-3, "critic_lr": 2e-3, "temperature_lr": 1e-3, "tau": 0.01, "discount": 0.95}
     sizes = {"hidden_dim": 64, "batch_size": 64, "environments": 2, "random_steps": 500}
     rhythm = dict.fromkeys(("updates", "eval_every", "log_every", "checkpoint_every"), 3500)
-    folder = learn(tmp_path, environment="Pendulum-v1", final_eval_episodes=20, **rates, **sizes, **rhythm)
+    folder = train(tmp_path, environment="Pendulum-v1", final_eval_episodes=20, **rates, **sizes, **rhythm)
     assert json.loads((folder / "run.json").read_text())["return_mean"] > -500
 
 
@@ -613,7 +654,7 @@ def ladder(tmp_path, monkeypatch) -> Path:
     """Folder of a run with rungs at 10, 20, 40, 50 and 60 of 60 updates, and scripted evaluations no more."""
     with monkeypatch.context() as patch:
         scripted(patch, {10: -5.0, 20: 3.0, 30: 2.0, 40: 6.0, 50: 7.0, 60: 16.0})
-        return learn(tmp_path / "runs", updates=60)
+        return train(tmp_path / "runs", updates=60)
 
 
 def test_publishing(ladder, tmp_path, capsys):
@@ -669,7 +710,7 @@ def test_a_measurement_is_of_the_sampled_policy_in_new_episodes(monkeypatch):
     first, again, other = (behavior.measure(config, tensors, update) for update in (40, 40, 50))
     name, policy, episodes, seed = calls[0]
     assert (name, episodes) == ("explore", 20)
-    assert policy.units.high.item() == 2
+    assert policy.scaler.high.item() == 2
     assert all(torch.equal(policy.actor.state_dict()[key], tensors[key].float()) for key in tensors)
     assert first == again
     assert first["return_mean"] != other["return_mean"]
@@ -677,32 +718,45 @@ def test_a_measurement_is_of_the_sampled_policy_in_new_episodes(monkeypatch):
     assert not starts(seed) & (starts((0, 40, 0)) | starts((0, 40, 1)) | starts((0, 40, 2)))
 
 
-def test_carried_run_goes_on_elsewhere(ladder, tmp_path, capsys):
-    """Also one of the first version of sac.py, whose checkpoints hold numbers that are NumPy's."""
-    content = torch.load(ladder / "checkpoint.pt", weights_only=True)
-    for row in content["history"]["metrics"]:
-        row["eval/return_mean"] = np.float64(row["eval/return_mean"])
-    torch.save(content, ladder / "checkpoint.pt")
-    with pytest.raises(sac.UserError):
-        sac.read_checkpoint(ladder)
-    words = [str(ladder), "--carry", f"--output_dir={tmp_path / 'behavior'}"]
+def test_carried_run_goes_on_elsewhere(tmp_path, monkeypatch, capsys):
+    update, began = sac.SAC.update, folder_of(tmp_path / "runs")
+
+    def mortal(learner, batch):
+        if learner.updates == 65:
+            raise KeyboardInterrupt
+        return update(learner, batch)
+
+    with monkeypatch.context() as patch:
+        scripted(patch, {10: -5.0, 20: 3.0, 30: 2.0, 40: 6.0, 50: 7.0, 60: 16.0})
+        patch.setattr(sac.SAC, "update", mortal)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "runs", updates=80)
+    words = [str(began), "--carry", f"--output_dir={tmp_path / 'behavior'}"]
     carried, elsewhere = tmp_path / "behavior/reefclock/run", folder_of(tmp_path / "elsewhere")
+    capsys.readouterr()
     for rungs in ("3", "99"):
         assert behavior.main([*words, f"--rungs={rungs}"]) == 0
         wanted = [10, 40, 60] if rungs == "3" else [10, 20, 40, 50, 60]
         assert rungs_of(carried) == wanted
         assert f"update 60, {len(wanted)} of 5 rungs" in capsys.readouterr().out
-    assert equal(checkpoint(carried), {key: content[key] for key in ("updates", "state", "rng")})
-    assert (carried / "checkpoint.pt").stat().st_size < 0.9 * (ladder / "checkpoint.pt").stat().st_size
+    assert equal(checkpoint(carried), checkpoint(began))
+    assert (carried / "checkpoint.pt").stat().st_size < 0.9 * (began / "checkpoint.pt").stat().st_size
 
     shutil.copytree(carried, elsewhere)
-    learn(tmp_path / "elsewhere", updates=80)
+    train(tmp_path / "elsewhere", updates=80)
     metrics = pd.read_csv(elsewhere / "metrics.csv")
-    assert metrics["update"].tolist() == [*range(10, 90, 10)]
-    assert metrics["resumed"].tolist() == [0] * 6 + [1] * 2
+    assert metrics["update"].tolist() == [*range(10, 70, 10), 61, 70, 80]
+    assert metrics["resumed"].tolist() == [0] * 6 + [1] * 3
     assert metrics["environment_steps"].iloc[-1] == 213 + 51 + 60
-    old = pd.read_csv(ladder / "metrics.csv")
-    pd.testing.assert_frame_equal(metrics[:6], old)
+    pd.testing.assert_frame_equal(metrics[:6], pd.read_csv(began / "metrics.csv"))
+
+
+def test_a_damaged_checkpoint_is_not_carried(ladder, tmp_path, capsys):
+    content = (ladder / "checkpoint.pt").read_bytes()
+    (ladder / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+    assert behavior.main([str(ladder), "--carry", f"--output_dir={tmp_path / 'behavior'}"]) == 2
+    assert "cannot read" in capsys.readouterr().err
+    assert not (tmp_path / "behavior").exists()
 
 
 def test_carrying_leaves_out_what_came_after_the_checkpoint(ladder, tmp_path, capsys):

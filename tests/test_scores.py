@@ -74,6 +74,13 @@ def change(folder: Path, **values) -> None:
     (folder / "run.json").write_text(json.dumps(info))
 
 
+def again(folder: Path, seed: int) -> Path:
+    """The same run under another seed's name."""
+    copy = shutil.copytree(folder, folder.with_name(f"seed-{seed}"))
+    change(copy, seed=seed)
+    return copy
+
+
 def read(root: Path, algorithm: str = "bc") -> pd.DataFrame:
     return pd.read_csv(root / f"results/scores/{algorithm}.csv")
 
@@ -154,10 +161,48 @@ def test_what_does_not_count_is_named(root, scores, run, capsys):
     assert not (root / "results/scores").exists()
 
 
+def test_another_environment_does_not_count(root, scores, run, capsys):
+    """Its returns are of another task, though the config file leaves the environment to the dataset."""
+    folder, file = run("bc", environment="Pendulum-v1"), f"configs/offline/bc/{ID}.yaml"
+    assert scores.main([]) == 0
+    assert f"skipped {folder}: environment is Pendulum-v1, and None in {file}\n" in capsys.readouterr().out
+    (root / file).write_text(yaml.safe_dump({"dataset": ID, **SETTINGS, "environment": "Pendulum-v0"}))
+    assert scores.main([]) == 0
+    reason = f"environment is Pendulum-v1, and Pendulum-v0 in {file}"
+    assert f"skipped {folder}: {reason}\n" in capsys.readouterr().out
+    assert not (root / "results/scores").exists()
+    (root / file).write_text(yaml.safe_dump({"dataset": ID, **SETTINGS, "environment": "Pendulum-v1"}))
+    assert scores.main([]) == 0
+    assert "1 of 1 runs gathered" in capsys.readouterr().out
+
+
+def test_a_broken_record_is_named_and_skipped(root, scores, run, capsys):
+    whole, broken = run("bc"), run("bc", seed=1)
+    text = (broken / "run.json").read_text()
+    info = json.loads(text)
+    shapes = [{**info, "config": None}, {"status": "finished"}, {**info, "versions": 3}, []]
+    lacking = {name: value for name, value in info.items() if name != "dataset_hash"}
+    for content in (text[: len(text) // 2], "", "\0" * 9, *map(json.dumps, [*shapes, lacking])):
+        (broken / "run.json").write_text(content)
+        assert scores.main([]) == 0
+        out = capsys.readouterr().out
+        assert f"skipped {broken}: its record cannot be read: " in out
+        assert "1 of 1 runs gathered" in out
+        assert list(read(root)["seed"].unique()) == [0]
+    (broken / "run.json").write_text(text)
+    (broken / "metrics.csv").write_text("")
+    assert scores.main([]) == 0
+    assert f"skipped {broken}: its record cannot be read: " in capsys.readouterr().out
+    assert whole.exists()
+
+
 def test_tables(root, scores, run):
-    for seed, score in [(0, 10.0), (1, 20.0), (2, 60.0)]:
-        change(run("bc", seed=seed), score=score)
-        change(run("td3_bc", seed=seed), score=None)
+    plain, unscored = run("bc"), run("td3_bc")
+    for seed, score in [(1, 20.0), (2, 60.0)]:
+        change(again(plain, seed), score=score)
+        change(again(unscored, seed), score=None)
+    change(plain, score=10.0)
+    change(unscored, score=None)
     change(run("bc", variant="top10", fraction=0.1, updates=60), score=-0.04)
     scores.main([])
     text = (root / "README.md").read_text()
@@ -193,8 +238,9 @@ def test_the_table_of_algorithms(root, scores, run):
         own, shared = map(int, length.split(" + "))
         text = path.read_text().splitlines()
         assert own + shared == len(text)
-        assert "Plumbing" in text[own]
+        assert "Toolbox" in text[own]
         assert score == ("8.2" if path.stem == "bc" else "")
+    assert any("(algorithms/collect/sac.py)" in line for line in lines)
     assert not any("pointmaze.py" in line for line in lines)  # it makes data and learns nothing
 
 

@@ -12,7 +12,8 @@ In an .npz these are arrays; Dict observations are an array for each key, observ
 are columns: observation_0, observation_1, ..., action_0, ..., reward, termination, truncation, episode_id,
 next_observation_0, ...; a column of a .parquet may also hold vectors. Singular and plural are the same, and
 so are D4RL's terminals and timeouts and Gymnasium's terminated and truncated. What has other names is listed:
---observations "position velocity" --actions force. Columns that are not named are ignored.
+--observations "position velocity" --actions force; names with blanks in them stand in a YAML list,
+--observations "[x, 'speed in m/s']". Columns that are not named are ignored.
 
 A Minari episode of T steps has T + 1 observations: the last is the next observation of its last row. Where
 the log has no next observations
@@ -32,27 +33,29 @@ import contextlib
 import csv
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib
+import inspect
 import io
 import itertools
 import math
 import os
 import re
-import shlex
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Optional, get_args
+from typing import NewType, Optional
+from unittest import mock
 
 import gymnasium as gym
 import minari
 import numpy as np
 import pandas as pd
 import pyrallis
-import yaml
 from gymnasium.spaces import Box
 from minari.data_collector import EpisodeBuffer
 from minari.dataset.minari_dataset import parse_dataset_id
@@ -68,26 +71,39 @@ NAMES = {  # what the columns of each field are called
     "episode_ids": r"episode_ids?",
     "next_observations": r"next_observations?(_\d+)?",
 }
+Count = NewType("Count", int)  # at least 1
+Size = NewType("Size", float)  # at least 0
+Positive = NewType("Positive", float)  # at least a millionth
+Share = NewType("Share", float)  # from 0 to 1
+Precision = NewType("Precision", str)
+WandbMode = NewType("WandbMode", str)
+Words = NewType("Words", list)  # of text
 
 
 @dataclasses.dataclass
 class Config:
-    """Your own log as a Minari dataset. The entries of a list stand between blanks: "position velocity"."""
+    """Your own log as a Minari dataset. The words of a list stand between blanks: "position velocity"."""
 
     dataset: str = "my/logs-v0"  # Minari id of the dataset to write
     file: str = "log.npz"  # .npz, .csv or .parquet
-    observations: Optional[str] = None  # list of columns, side by side; null: by their names
-    actions: Optional[str] = None  # list of columns
-    rewards: Optional[str] = None  # a column
-    terminations: Optional[str] = None  # a column
-    truncations: Optional[str] = None  # a column
-    episode_ids: Optional[str] = None  # a column
-    next_observations: Optional[str] = None  # list of columns, in the order of `observations`
+    observations: Optional[Words] = None  # list of columns, side by side; null: by their names
+    actions: Optional[Words] = None  # list of columns
+    rewards: Optional[Words] = None  # a column
+    terminations: Optional[Words] = None  # a column
+    truncations: Optional[Words] = None  # a column
+    episode_ids: Optional[Words] = None  # a column
+    next_observations: Optional[Words] = None  # list of columns, in the order of `observations`
     environment: Optional[str] = None  # Gymnasium id: policies are evaluated there; null: nowhere
-    action_low: Optional[str] = None  # lower bounds of the actions: a list, or one number for all
-    action_high: Optional[str] = None  # upper bounds of the actions
+    action_low: Optional[Words] = None  # lower bounds of the actions: a list, or one number for all
+    action_high: Optional[Words] = None  # upper bounds of the actions
     ref_min: Optional[float] = None  # return that scores 0
     ref_max: Optional[float] = None  # return that scores 100
+
+
+@partial(pyrallis.decode.register, Words)
+def split_words(value) -> list[str]:
+    """The entries of a list, or the words between the blanks of a text."""
+    return [str(entry) for entry in value] if isinstance(value, list) else str(value).split()
 
 
 # ------------------------------------------------ The file ------------------------------------------------
@@ -119,10 +135,10 @@ class Log:
                 place += f" (line {next(itertools.islice(filled, row + 1, None))})"
         return UserError(f"{self.file}{place}: {problem}")
 
-    def find(self, field: str, given: str | None) -> dict[str, list[str]]:
+    def find(self, field: str, given: list[str] | None) -> dict[str, list[str]]:
         """{key: its columns} of Dict observations, {"": columns} of anything else; {} if there are none."""
         if given:
-            found, keyed = split_list(field, given), {}
+            found, keyed = given, {}
             for name in {*found}.difference(self.names):
                 raise self.fault(f"--{field}: no column {name} among {', '.join(self.names):.300}")
         else:
@@ -212,14 +228,6 @@ def read_csv(file: Path) -> pd.DataFrame:
         raise ValueError(f"its first line, the header, has {header[header.duplicated()].iloc[0]} twice")
     with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
         return pd.read_csv(file, index_col=False, skipinitialspace=True, low_memory=False)
-
-
-def split_list(field: str, text: str) -> list[str]:
-    """Words between blanks; a word with blanks in it stands in quotes of its own."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UserError(f"{field}: {text!r} is no list ({error})") from None
 
 
 def read_log(config: Config) -> tuple[Log, dict]:
@@ -364,7 +372,7 @@ def recorded_environment(config: Config, log: Log, fields: dict) -> gym.Env | No
     with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
         gym.register_envs(importlib.import_module("gymnasium_robotics"))  # mazes, hands and kitchen
     try:
-        env = gym.make(config.environment)
+        env = make_clean(config.environment)
     except Exception as error:  # environments raise whatever they like
         raise UserError(f"environment: cannot make {config.environment}: {error!r:.200}") from None
     if not isinstance(env.action_space, Box):
@@ -376,6 +384,12 @@ def recorded_environment(config: Config, log: Log, fields: dict) -> gym.Env | No
     if theirs != ours:
         raise log.fault(f"it has {ours}, but {config.environment} has {theirs}")
     return env
+
+
+def make_clean(environment: str | gym.envs.registration.EnvSpec, **kwargs) -> gym.Env:
+    """gym.make in a temporary folder of its own, where gymnasium-robotics leaves a file of each maze."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch("tempfile.tempdir", folder):
+        return gym.make(environment, **kwargs)
 
 
 def cast(array: np.ndarray, space: Box) -> np.ndarray:
@@ -392,7 +406,7 @@ def action_bounds(config: Config, log: Log, actions: np.ndarray) -> tuple[Box, s
             raise log.fault(f"{problem}; if they are quantities, give --action_low and --action_high")
         return Box(actions.min(0), actions.max(0), dtype=actions.dtype), "the data's extremes"
     try:
-        low, high = (np.array(split_list(name, text or ""), actions.dtype) for name, text in given.items())
+        low, high = (np.array(words or [], actions.dtype) for words in given.values())
         low, high = (np.broadcast_to(bound, actions.shape[1:]) for bound in (low, high))
     except ValueError:
         low = high = np.array(np.nan)
@@ -468,7 +482,8 @@ def write_dataset(dataset_id: str, episodes: list[EpisodeBuffer], extra: dict, *
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=root) as folder:
         os.environ["MINARI_DATASETS_PATH"] = folder  # a root of its own: a dataset cannot change its id
         try:
-            with warnings.catch_warnings(action="ignore"):  # about an e-mail address and a link
+            # The warnings are about an e-mail address and a link; mazes leave a file in the temporary folder.
+            with warnings.catch_warnings(action="ignore"), mock.patch("tempfile.tempdir", folder):
                 dataset = minari.create_dataset_from_buffers(dataset_id, episodes, **metadata)
         finally:
             os.environ["MINARI_DATASETS_PATH"] = str(root)
@@ -489,72 +504,95 @@ def content_hash(dataset: minari.MinariDataset) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------- Plumbing: the same in every script, word for word ----------------------------
-
-
-class UserError(Exception):
-    """What the user can mend: `main` prints one line and exits with status 2, or the second argument."""
-
-
-def parse_config(arguments: list[str]) -> Config:
-    """Config from `--field value` pairs on top of the YAML file of `--config_path`.
-
-    Pyrallis writes --help and no more: its parser takes `--see 3` for the seed, and 2.5 for 2.
-    """
-    if {"-h", "--help"} & set(arguments):
-        pyrallis.parse(Config, args=["--help"])
-    words = [word for text in arguments for word in text.split("=", text.startswith("--"))]  # --a=b is --a b
-    values = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2])}
-    if len(words) % 2:
-        raise UserError("arguments come in pairs, --field value (see --help)")
-    if path := values.pop("config_path", None):
-        try:
-            values = {**(yaml.safe_load(Path(path).read_text()) or {}), **values}
-        except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"cannot read {path} as lines of `field: value`: {error}") from None
-    fields = [field.name for field in dataclasses.fields(Config)]
-    for name in values.keys() - fields:
-        near = difflib.get_close_matches(str(name), fields, 1)
-        raise UserError(f"unknown field {name}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
-    return check_config(Config(**values))
-
-
-def check_config(config: Config) -> Config:
-    """`config` with values of its fields' types and limits: 1e6 is an int, 2.5 is not, "maybe" is no bool."""
-    for field in dataclasses.fields(config):
-        value, kind = getattr(config, field.name), (get_args(field.type) or (field.type,))[0]
-        low = field.metadata.get("low", {int: 1, float: 0}.get(field.type, -math.inf))
-        high, choices = field.metadata.get("high", math.inf), field.metadata.get("choices", ())
-        number = float(pd.to_numeric(str(value).replace("_", ""), errors="coerce"))  # nan for what is none
-        fits = low <= number <= high and abs(number) < math.inf
-        if kind is not field.type and value in (None, "null"):
-            value = None
-        elif kind is bool and str(value).lower() in ("true", "false"):
-            value = str(value).lower() == "true"
-        elif kind in (int, float) and fits and number == kind(number):
-            value = kind(number)
-        elif kind is not str or not (isinstance(value, str) and value) or (choices and value not in choices):
-            wanted = {bool: "true or false", str: " or ".join(choices) or "text"}
-            wanted = wanted.get(kind, f"{kind.__name__} in [{low}, {high}]")
-            raise UserError(f"{field.name}: {value!r} is not {wanted}")
-        setattr(config, field.name, value)
-    return config
+# -------------------- Toolbox: the same in every script that has it, word for word --------------------
 
 
 def leaves(tree) -> list:
     """The entries of a Dict in the order of its sorted keys, however deep; anything else is its own leaf."""
-    mapping = isinstance(tree, Mapping)
-    return [leaf for key in sorted(tree) for leaf in leaves(tree[key])] if mapping else [tree]
+    if isinstance(tree, Mapping):
+        return [leaf for key in sorted(tree) for leaf in leaves(tree[key])]
+    return [tree]
+
+
+# ------------------------------ The command line and its errors ------------------------------
+
+
+class UserError(Exception):
+    """What the user can mend: `main` prints it in one line."""
+
+
+class Diverged(UserError):
+    """A loss or weight that is not finite any more."""
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """Config from the YAML file of `--config_path`, then from `--field value`: pyrallis reads both."""
+    register, infinity = pyrallis.decode.register, math.inf
+    register(int, partial(number, int, 0, 2**32 - 1))
+    register(Count, partial(number, int, 1, infinity))
+    register(float, partial(number, float, -infinity, infinity))
+    register(Size, partial(number, float, 0, infinity))
+    register(Positive, partial(number, float, 1e-6, infinity))
+    register(Share, partial(number, float, 0, 1))
+    register(bool, partial(choice, (True, False)))
+    register(Precision, partial(choice, ("highest", "high", "medium")))
+    register(WandbMode, partial(choice, ("offline", "online", "disabled")))
+    register(str, text)
+    register(Config, decode_config)
+    with mock.patch("inspect.getsource", functools.cache(inspect.getsource)):  # pyrallis asks field by field
+        parser = pyrallis.argparsing.ArgumentParser(Config, allow_abbrev=False, exit_on_error=False)
+    try:
+        config, unknown = parser.parse_known_args(arguments)
+        for word in unknown:
+            decode_config({word.lstrip("-").partition("=")[0]: None})
+    except UserError:
+        raise
+    except Exception as error:  # argparse, yaml and the disk have no error in common
+        raise UserError(f"cannot read the config: {error}; see --help") from None
+    return config
+
+
+def decode_config(values: dict) -> Config:
+    """A Config of what pyrallis has read; an error that names the field, or the nearest one."""
+    kinds, decoded = {field.name: field.type for field in dataclasses.fields(Config)}, {}
+    for name, value in values.items():
+        if name not in kinds:
+            near = difflib.get_close_matches(str(name), kinds, 1)
+            advice = f"did you mean {near[0]}?" if near else "see --help"
+            raise UserError(f"unknown field {name}: {advice}")
+        try:
+            decoded[name] = pyrallis.decode(kinds[name], value)
+        except Exception as error:
+            raise UserError(f"{name}: {error}") from None
+    return Config(**decoded)
+
+
+def number(kind: type, low: float, high: float, value) -> int | float:
+    """`value` as an int or a float within limits: 1e6 is an int, 2.5 and true are none."""
+    found = math.nan if isinstance(value, bool) else float(value)
+    if not (math.isfinite(found) and low <= found <= high) or found != kind(found):
+        raise ValueError(f"{value!r} is not {kind.__name__} in [{low}, {high}]")
+    return kind(found)
+
+
+def text(value) -> str:
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not text")
+    return str(value)
+
+
+def choice(choices: tuple, value):
+    if type(value) is not type(choices[0]) or value not in choices:
+        raise ValueError(f"{value!r} is not {' or '.join(map(str, choices))}")
+    return value
 
 
 def main(action: Callable[[Config], None]) -> None:
     """The command line of `action`: what the user can mend ends in one line on stderr."""
     try:
         return action(parse_config(sys.argv[1:]))
-    except UserError as error:
-        message, status = (*error.args, 2)[:2]
-    except OSError as error:
-        message, status = str(error), 2
+    except (UserError, OSError) as error:
+        message, status = f"{error}", 3 if isinstance(error, Diverged) else 2
     except KeyboardInterrupt:
         message, status = "interrupted; the same command goes on from what is saved", 130
     print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)

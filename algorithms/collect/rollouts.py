@@ -21,7 +21,9 @@ Gymnasium's v5 environments, which are not the v2 of D4RL's time; fewer steps.
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
+import inspect
 import math
 import multiprocessing
 import os
@@ -33,10 +35,12 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from glob import glob
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_args
+from typing import NewType
+from unittest import mock
 
 import gymnasium as gym
 import minari
@@ -45,7 +49,6 @@ import pandas as pd
 import pyrallis
 import safetensors.torch
 import torch
-import yaml
 from minari.data_collector import EpisodeBuffer
 from minari.namespace import create_namespace
 from minari.storage import get_dataset_path
@@ -58,10 +61,12 @@ REFERENCES = {  # D4RL's returns of a random policy and of an expert, from its d
     "Walker2d-v5": (1.629008, 4592.3),
 }
 
-
-def limit(default, low: float = -math.inf, high: float = math.inf, choices: tuple = ()):
-    """A Config field with its own limits; without one an int is at least 1 and a float at least 0."""
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices})
+Count = NewType("Count", int)  # at least 1
+Size = NewType("Size", float)  # at least 0
+Positive = NewType("Positive", float)  # at least a millionth
+Share = NewType("Share", float)  # from 0 to 1
+Precision = NewType("Precision", str)
+WandbMode = NewType("WandbMode", str)
 
 
 @dataclasses.dataclass
@@ -72,11 +77,11 @@ class Config:
     environment: str = "Hopper-v5"  # Gymnasium id
     folder: str = "results/behavior/hopper"  # where the policies are, each in <name>.safetensors
     policies: str = "medium"  # names, or patterns such as replay-*; random: uniformly random actions
-    steps: int = 200_000  # transitions, rounded up to whole episodes
-    episodes: int = limit(0, low=0)  # of each policy, in place of `steps`; 0: what `steps` need
-    seed: int = limit(0, low=0)  # of starts and actions
-    shards: int = 10  # parts of the data, at least one a policy, each with random numbers of its own
-    processes: int = limit(0, low=0)  # working side by side, 0: one per core; the data do not depend on it
+    steps: Count = 200_000  # transitions, rounded up to whole episodes
+    episodes: int = 0  # of each policy, in place of `steps`; 0: what `steps` need
+    seed: int = 0  # of starts and actions
+    shards: Count = 10  # parts of the data, at least one a policy, each with random numbers of its own
+    processes: int = 0  # working side by side, 0: one per core; the data do not depend on it
 
 
 # ---------------------------------------- Policies and episodes ----------------------------------------
@@ -347,7 +352,8 @@ def write_dataset(dataset_id: str, episodes: list[EpisodeBuffer], extra: dict, *
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=root) as folder:
         os.environ["MINARI_DATASETS_PATH"] = folder  # a root of its own: a dataset cannot change its id
         try:
-            with warnings.catch_warnings(action="ignore"):  # about an e-mail address and a link
+            # The warnings are about an e-mail address and a link; mazes leave a file in the temporary folder.
+            with warnings.catch_warnings(action="ignore"), mock.patch("tempfile.tempdir", folder):
                 dataset = minari.create_dataset_from_buffers(dataset_id, episodes, **metadata)
         finally:
             os.environ["MINARI_DATASETS_PATH"] = str(root)
@@ -368,72 +374,95 @@ def content_hash(dataset: minari.MinariDataset) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------- Plumbing: the same in every script, word for word ----------------------------
-
-
-class UserError(Exception):
-    """What the user can mend: `main` prints one line and exits with status 2, or the second argument."""
-
-
-def parse_config(arguments: list[str]) -> Config:
-    """Config from `--field value` pairs on top of the YAML file of `--config_path`.
-
-    Pyrallis writes --help and no more: its parser takes `--see 3` for the seed, and 2.5 for 2.
-    """
-    if {"-h", "--help"} & set(arguments):
-        pyrallis.parse(Config, args=["--help"])
-    words = [word for text in arguments for word in text.split("=", text.startswith("--"))]  # --a=b is --a b
-    values = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2])}
-    if len(words) % 2:
-        raise UserError("arguments come in pairs, --field value (see --help)")
-    if path := values.pop("config_path", None):
-        try:
-            values = {**(yaml.safe_load(Path(path).read_text()) or {}), **values}
-        except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"cannot read {path} as lines of `field: value`: {error}") from None
-    fields = [field.name for field in dataclasses.fields(Config)]
-    for name in values.keys() - fields:
-        near = difflib.get_close_matches(str(name), fields, 1)
-        raise UserError(f"unknown field {name}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
-    return check_config(Config(**values))
-
-
-def check_config(config: Config) -> Config:
-    """`config` with values of its fields' types and limits: 1e6 is an int, 2.5 is not, "maybe" is no bool."""
-    for field in dataclasses.fields(config):
-        value, kind = getattr(config, field.name), (get_args(field.type) or (field.type,))[0]
-        low = field.metadata.get("low", {int: 1, float: 0}.get(field.type, -math.inf))
-        high, choices = field.metadata.get("high", math.inf), field.metadata.get("choices", ())
-        number = float(pd.to_numeric(str(value).replace("_", ""), errors="coerce"))  # nan for what is none
-        fits = low <= number <= high and abs(number) < math.inf
-        if kind is not field.type and value in (None, "null"):
-            value = None
-        elif kind is bool and str(value).lower() in ("true", "false"):
-            value = str(value).lower() == "true"
-        elif kind in (int, float) and fits and number == kind(number):
-            value = kind(number)
-        elif kind is not str or not (isinstance(value, str) and value) or (choices and value not in choices):
-            wanted = {bool: "true or false", str: " or ".join(choices) or "text"}
-            wanted = wanted.get(kind, f"{kind.__name__} in [{low}, {high}]")
-            raise UserError(f"{field.name}: {value!r} is not {wanted}")
-        setattr(config, field.name, value)
-    return config
+# -------------------- Toolbox: the same in every script that has it, word for word --------------------
 
 
 def leaves(tree) -> list:
     """The entries of a Dict in the order of its sorted keys, however deep; anything else is its own leaf."""
-    mapping = isinstance(tree, Mapping)
-    return [leaf for key in sorted(tree) for leaf in leaves(tree[key])] if mapping else [tree]
+    if isinstance(tree, Mapping):
+        return [leaf for key in sorted(tree) for leaf in leaves(tree[key])]
+    return [tree]
+
+
+# ------------------------------ The command line and its errors ------------------------------
+
+
+class UserError(Exception):
+    """What the user can mend: `main` prints it in one line."""
+
+
+class Diverged(UserError):
+    """A loss or weight that is not finite any more."""
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """Config from the YAML file of `--config_path`, then from `--field value`: pyrallis reads both."""
+    register, infinity = pyrallis.decode.register, math.inf
+    register(int, partial(number, int, 0, 2**32 - 1))
+    register(Count, partial(number, int, 1, infinity))
+    register(float, partial(number, float, -infinity, infinity))
+    register(Size, partial(number, float, 0, infinity))
+    register(Positive, partial(number, float, 1e-6, infinity))
+    register(Share, partial(number, float, 0, 1))
+    register(bool, partial(choice, (True, False)))
+    register(Precision, partial(choice, ("highest", "high", "medium")))
+    register(WandbMode, partial(choice, ("offline", "online", "disabled")))
+    register(str, text)
+    register(Config, decode_config)
+    with mock.patch("inspect.getsource", functools.cache(inspect.getsource)):  # pyrallis asks field by field
+        parser = pyrallis.argparsing.ArgumentParser(Config, allow_abbrev=False, exit_on_error=False)
+    try:
+        config, unknown = parser.parse_known_args(arguments)
+        for word in unknown:
+            decode_config({word.lstrip("-").partition("=")[0]: None})
+    except UserError:
+        raise
+    except Exception as error:  # argparse, yaml and the disk have no error in common
+        raise UserError(f"cannot read the config: {error}; see --help") from None
+    return config
+
+
+def decode_config(values: dict) -> Config:
+    """A Config of what pyrallis has read; an error that names the field, or the nearest one."""
+    kinds, decoded = {field.name: field.type for field in dataclasses.fields(Config)}, {}
+    for name, value in values.items():
+        if name not in kinds:
+            near = difflib.get_close_matches(str(name), kinds, 1)
+            advice = f"did you mean {near[0]}?" if near else "see --help"
+            raise UserError(f"unknown field {name}: {advice}")
+        try:
+            decoded[name] = pyrallis.decode(kinds[name], value)
+        except Exception as error:
+            raise UserError(f"{name}: {error}") from None
+    return Config(**decoded)
+
+
+def number(kind: type, low: float, high: float, value) -> int | float:
+    """`value` as an int or a float within limits: 1e6 is an int, 2.5 and true are none."""
+    found = math.nan if isinstance(value, bool) else float(value)
+    if not (math.isfinite(found) and low <= found <= high) or found != kind(found):
+        raise ValueError(f"{value!r} is not {kind.__name__} in [{low}, {high}]")
+    return kind(found)
+
+
+def text(value) -> str:
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not text")
+    return str(value)
+
+
+def choice(choices: tuple, value):
+    if type(value) is not type(choices[0]) or value not in choices:
+        raise ValueError(f"{value!r} is not {' or '.join(map(str, choices))}")
+    return value
 
 
 def main(action: Callable[[Config], None]) -> None:
     """The command line of `action`: what the user can mend ends in one line on stderr."""
     try:
         return action(parse_config(sys.argv[1:]))
-    except UserError as error:
-        message, status = (*error.args, 2)[:2]
-    except OSError as error:
-        message, status = str(error), 2
+    except (UserError, OSError) as error:
+        message, status = f"{error}", 3 if isinstance(error, Diverged) else 2
     except KeyboardInterrupt:
         message, status = "interrupted; the same command goes on from what is saved", 130
     print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)

@@ -21,24 +21,31 @@ often the run was resumed.
   python algorithms/collect/sac.py --config_path configs/collect/sac/hopper.yaml
 """
 
+import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib.metadata
+import inspect
 import io
 import json
 import math
 import os
 import platform
+import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import NewType
+from unittest import mock
 
 import filelock
 import gymnasium as gym
@@ -52,10 +59,12 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-
-def limit(default, low: float = -math.inf, high: float = math.inf, choices: tuple = ()):
-    """A Config field with its own limits; without one an int is at least 1 and a float at least 0."""
-    return dataclasses.field(default=default, metadata={"low": low, "high": high, "choices": choices})
+Count = NewType("Count", int)  # at least 1
+Size = NewType("Size", float)  # at least 0
+Positive = NewType("Positive", float)  # at least a millionth
+Share = NewType("Share", float)  # from 0 to 1
+Precision = NewType("Precision", str)
+WandbMode = NewType("WandbMode", str)
 
 
 @dataclasses.dataclass
@@ -63,31 +72,31 @@ class Config:
     """SAC. Write `null` for none and true or false for a switch."""
 
     environment: str = "Hopper-v5"  # Gymnasium id
-    seed: int = limit(0, 0, 2**32 - 1)  # of networks, batches, exploration and evaluations
+    seed: int = 0  # of networks, batches, exploration and evaluations
     variant: str = "default"  # names these settings in the run's folder
-    updates: int = 1_000_000  # gradient updates
-    environments: int = 4  # side by side; each makes a step before every update
-    buffer_size: int = 1_000_000  # transitions; the oldest give way
-    random_steps: int = 10_000  # transitions of uniformly random actions before the first update
-    refill_steps: int = 100_000  # of the ladder's policies and its own, before a resumed run goes on
-    batch_size: int = 256  # transitions in an update
-    discount: float = limit(0.99, 0, 1)  # gamma
-    tau: float = limit(0.005, 0, 1)  # rate of the target network
-    actor_lr: float = 3e-4  # Adam's step size
-    critic_lr: float = 1e-3  # Adam's step size
-    temperature_lr: float = 3e-4  # Adam's step size
-    hidden_dim: int = 256  # units in a hidden layer
-    hidden_layers: int = 2  # hidden layers of every network
-    eval_every: int = 5000  # updates between evaluations
-    eval_episodes: int = 20  # episodes of an evaluation along the way
-    final_eval_episodes: int = 100  # episodes of the evaluation after the last update
-    log_every: int = 1000  # updates between rows of metrics.csv
-    checkpoint_every: int = 10_000  # updates between checkpoints
+    updates: Count = 1_000_000  # gradient updates
+    environments: Count = 4  # side by side; each makes a step before every update
+    buffer_size: Count = 1_000_000  # transitions; the oldest give way
+    random_steps: Count = 10_000  # transitions of uniformly random actions before the first update
+    refill_steps: Count = 100_000  # of the ladder's policies and its own, before a resumed run goes on
+    batch_size: Count = 256  # transitions in an update
+    discount: Share = 0.99  # gamma
+    tau: Share = 0.005  # rate of the target network
+    actor_lr: Size = 3e-4  # Adam's step size
+    critic_lr: Size = 1e-3  # Adam's step size
+    temperature_lr: Size = 3e-4  # Adam's step size
+    hidden_dim: Count = 256  # units in a hidden layer
+    hidden_layers: Count = 2  # hidden layers of every network
+    eval_every: Count = 5000  # updates between evaluations
+    eval_episodes: Count = 20  # episodes of an evaluation along the way
+    final_eval_episodes: Count = 100  # episodes of the evaluation after the last update
+    log_every: Count = 1000  # updates between rows of metrics.csv
+    checkpoint_every: Count = 10_000  # updates between checkpoints
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    threads: int = limit(0, low=0)  # CPU threads; 0: torch's choice
+    threads: int = 0  # CPU threads; 0: torch's choice
     compile: bool = True  # compile the losses
-    precision: str = limit("highest", choices=("highest", "high", "medium"))  # of float32 matrix products
-    wandb_mode: str = limit("offline", choices=("offline", "online", "disabled"))  # mirror of the CSV files
+    precision: Precision = "highest"  # of float32 matrix products
+    wandb_mode: WandbMode = "offline"  # mirror of the CSV files
     wandb_project: str = "reef"  # wandb project
     output_dir: str = "results/runs"  # where run folders go
 
@@ -98,10 +107,10 @@ class Config:
 class SAC:
     """Networks, target, temperature and optimisers, and the update that trains them."""
 
-    def __init__(self, config: Config, obs_dim: int, act_dim: int, device: torch.device):
-        self.config, self.updates = config, 0
+    def __init__(self, config: Config, scaler: "Scaler"):
+        self.config, self.scaler, self.updates = config, scaler, 0
+        obs_dim, act_dim, device = scaler.obs_dim, scaler.act_dim, scaler.mean.device
         size = (obs_dim, act_dim, config.hidden_dim, config.hidden_layers)
-        self.units = Units(obs_dim, act_dim).to(device)
         self.actor = TanhGaussianActor(*size).to(device)
         self.critic = EnsembleCritic(*size).to(device)
         self.target_critic = copy.deepcopy(self.critic)
@@ -141,16 +150,13 @@ class SAC:
     @torch.inference_mode()
     def act(self, observations) -> np.ndarray:
         """Raw observations [..., obs_dim], or Dicts -> mean actions [..., act_dim] in environment units."""
-        mean, _ = self.actor(self.units.to_learner(observations))
-        return self.units.to_environment(torch.tanh(mean))
+        mean, _ = self.actor(self.scaler.scale_observations(observations))
+        return self.scaler.unscale_actions(torch.tanh(mean))
 
     @torch.inference_mode()
     def explore(self, observations) -> np.ndarray:
         """As `act`, but drawn from the policy."""
-        return self.units.to_environment(self.actor.sample(self.units.to_learner(observations))[0])
-
-
-Algorithm = SAC  # the name by which the plumbing below knows it
+        return self.scaler.unscale_actions(self.actor.sample(self.scaler.scale_observations(observations))[0])
 
 
 # -------------------------------------------- Networks --------------------------------------------
@@ -228,281 +234,91 @@ class EnsembleCritic(nn.Module):
         return self.layers[-1](x).squeeze(-1)
 
 
-# ------------------------ Plumbing: the same in every script, word for word ------------------------
+# ------------------------------------ From the environment to the ladder ------------------------------------
 
 
-def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step down the gradient of `loss` for the parameters of `optimizer` and no others."""
-    parameters = optimizer.param_groups[0]["params"]
-    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-        parameter.grad = gradient
-    optimizer.step()
+def train(config: Config) -> None:
+    """All that this script does, in order; what the run's folder already holds is not done again."""
+    run = Run(config, config.environment)
+    if run.info.get("status") == "finished":
+        print(f"{run.folder} is finished: {run.info['result']}")
+        return
+
+    device = set_up_torch(config)
+    evaluated, explored = (make_simulators(config.environment, count) for count in (10, config.environments))
+    obs_dim, space = flat_dim(explored.single_observation_space), explored.single_action_space
+    scaler = Scaler(np.zeros(obs_dim), np.ones(obs_dim), space.low, space.high).to(device)
+    buffer = ReplayBuffer(config.buffer_size, obs_dim, len(space.low), device)
+
+    learner = SAC(config, scaler)
+    compiled = config.compile and compile_methods(learner, "critic_loss", "actor_loss")
+    with run.start(learner, dataset_hash=None, compiled=compiled, **provenance(device)):
+        earlier, resumed = count_steps(config, run.history["metrics"], learner.updates)
+        explorer = Explorer(explored, learner, buffer, (config.seed, resumed, 2))  # 0 and 1: evaluations
+        rungs = read_ladder(run.folder / "ladder", learner.updates)
+        if resumed and learner.updates < config.updates:
+            print(f"first {config.refill_steps:,} steps fill a new buffer")
+            explorer.refill(rungs, config.refill_steps)
+        while not resumed and buffer.added < config.random_steps:
+            explorer.step(random=True)
+        numbers = range(learner.updates + 1, config.updates + 1)
+        for update in tqdm(numbers, initial=learner.updates, total=config.updates, disable=None):
+            explorer.step(random=False)
+            metrics = learner.update(buffer.draw(config.batch_size))
+            rhythm = config.log_every, config.eval_every, config.checkpoint_every
+            again = resumed and update == numbers.start  # its row counts what the new buffer took
+            if again or any(run.is_due(update, every) for every in rhythm):
+                counts = {"environment_steps": earlier + buffer.added, "resumed": resumed}
+                run.log(update, counts | metrics)
+            if run.is_due(update, config.eval_every):
+                table = evaluate(learner.explore, evaluated, config.eval_episodes, (config.seed, update, 0))
+                means = [row.get("eval/return_mean", -math.inf) for row in run.history["metrics"]]
+                if all(table["return"].mean() > mean for mean in means):  # a record, so a rung
+                    tensors = {key: value.half().cpu() for key, value in learner.actor.state_dict().items()}
+                    (run.folder / "ladder").mkdir(exist_ok=True)
+                    run.write(f"ladder/{update:09d}.safetensors", safetensors.torch.save(tensors))
+                run.log_episodes(update, "training", table, (None, None))
+            run.save_when_due(learner)
+        seed = (config.seed, config.updates, 1)
+        table = evaluate(learner.explore, evaluated, config.final_eval_episodes, seed)
+        run.log_episodes(config.updates, "final", table, (None, None))
+        run.note(environment_steps=earlier + buffer.added, resumed=resumed)
+        run.finish()
 
 
-@torch.no_grad()
-def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
-    """target <- target + tau (source - target)."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
-
-
-class UserError(Exception):
-    """What the user can mend: `main` prints one line and exits with status 2, or the second argument."""
-
-
-def parse_config(arguments: list[str]) -> Config:
-    """Config from `--field value` pairs on top of the YAML file of `--config_path`.
-
-    Pyrallis writes --help and no more: its parser takes `--see 3` for the seed, and 2.5 for 2.
-    """
-    if {"-h", "--help"} & set(arguments):
-        pyrallis.parse(Config, args=["--help"])
-    words = [word for text in arguments for word in text.split("=", text.startswith("--"))]  # --a=b is --a b
-    values = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2])}
-    if len(words) % 2:
-        raise UserError("arguments come in pairs, --field value (see --help)")
-    if path := values.pop("config_path", None):
-        try:
-            values = {**(yaml.safe_load(Path(path).read_text()) or {}), **values}
-        except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"cannot read {path} as lines of `field: value`: {error}") from None
-    fields = [field.name for field in dataclasses.fields(Config)]
-    for name in values.keys() - fields:
-        near = difflib.get_close_matches(str(name), fields, 1)
-        raise UserError(f"unknown field {name}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
-    return check_config(Config(**values))
-
-
-def check_config(config: Config) -> Config:
-    """`config` with values of its fields' types and limits: 1e6 is an int, 2.5 is not, "maybe" is no bool."""
-    for field in dataclasses.fields(config):
-        value, kind = getattr(config, field.name), (get_args(field.type) or (field.type,))[0]
-        low = field.metadata.get("low", {int: 1, float: 0}.get(field.type, -math.inf))
-        high, choices = field.metadata.get("high", math.inf), field.metadata.get("choices", ())
-        number = float(pd.to_numeric(str(value).replace("_", ""), errors="coerce"))  # nan for what is none
-        fits = low <= number <= high and abs(number) < math.inf
-        if kind is not field.type and value in (None, "null"):
-            value = None
-        elif kind is bool and str(value).lower() in ("true", "false"):
-            value = str(value).lower() == "true"
-        elif kind in (int, float) and fits and number == kind(number):
-            value = kind(number)
-        elif kind is not str or not (isinstance(value, str) and value) or (choices and value not in choices):
-            wanted = {bool: "true or false", str: " or ".join(choices) or "text"}
-            wanted = wanted.get(kind, f"{kind.__name__} in [{low}, {high}]")
-            raise UserError(f"{field.name}: {value!r} is not {wanted}")
-        setattr(config, field.name, value)
-    return config
-
-
-def leaves(tree) -> list:
-    """The entries of a Dict in the order of its sorted keys, however deep; anything else is its own leaf."""
-    mapping = isinstance(tree, Mapping)
-    return [leaf for key in sorted(tree) for leaf in leaves(tree[key])] if mapping else [tree]
-
-
-def flatten(observations) -> np.ndarray:
-    """Observations as float32 [..., obs_dim], the leaves of a Dict side by side."""
-    return np.concatenate([np.asarray(leaf, np.float32) for leaf in leaves(observations)], axis=-1)
-
-
-def flat_dim(space: gym.Space, dicts: bool = True) -> int:
-    """Length of the vector that `flatten` makes of an element of `space`."""
-    for leaf in leaves(space) if dicts else [space]:
-        if not isinstance(leaf, gym.spaces.Box) or len(leaf.shape) != 1:
-            advice = "; none here takes choices yet" * isinstance(leaf, gym.spaces.Discrete)
-            raise UserError(f"this script is not for {leaf}: it takes vectors (Box){advice}")
-    return sum(leaf.shape[0] for leaf in leaves(space))
-
-
-class Units(nn.Module):
-    """Between the environment's units and the learner's: standardised observations, actions in [-1, 1]."""
-
-    def __init__(self, obs_dim: int, act_dim: int):
-        super().__init__()
-        for name, size in {"mean": obs_dim, "std": obs_dim, "low": act_dim, "high": act_dim}.items():
-            self.register_buffer(name, torch.full((size,), {"mean": 0.0, "low": -1.0}.get(name, 1.0)))
-
-    def to_learner(self, observations) -> Tensor:
-        return (torch.as_tensor(flatten(observations), device=self.mean.device) - self.mean) / self.std
-
-    def scale_actions(self, actions) -> Tensor:
-        actions = torch.as_tensor(actions, device=self.low.device)
-        return 2 * (actions - self.low) / (self.high - self.low).clamp(min=1e-6) - 1
-
-    def to_environment(self, actions: Tensor) -> np.ndarray:
-        return (self.low + (actions + 1) / 2 * (self.high - self.low)).cpu().numpy()
-
-
-def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, seed: tuple) -> pd.DataFrame:
-    """A row an episode: return, length, success (nan if the environment knows none); `seed` sets the starts.
-
-    Every environment plays one episode a round; one that ends early plays on, uncounted, so that the policy's
-    batch keeps its size, on which the last bits of an action depend.
-    """
-    count, rounds = environments.num_envs, []
-    seeds = np.random.SeedSequence(seed).generate_state(episodes + count).tolist()
-    for first in range(0, episodes, count):
-        observations, rewards = environments.reset(seed=seeds[first : first + count])[0], None
-        returns, lengths = np.zeros(count), np.zeros(count, int)
-        running, success = np.ones(count, bool), np.full(count, math.nan)
-        while running.any():
-            action = act(observations, rewards) if hasattr(Algorithm, "remembers") else act(observations)
-            observations, rewards, terminations, truncations, infos = environments.step(action)
-            returns, lengths = returns + running * rewards, lengths + running
-            ended, last = terminations | truncations, infos.get("final_info", {})  # of an episode's last step
-            now = np.where(ended, last.get("success", math.nan), infos.get("success", math.nan))
-            success = np.where(running, np.fmax(success, now), success)
-            running = running & ~ended
-        rounds.append(pd.DataFrame({"return": returns, "length": lengths, "success": success}))
-    return pd.concat(rounds, ignore_index=True)[:episodes]
-
-
-class Run:
-    """The folder of one run: its lock, config, record and checkpoint (README: What a run folder holds)."""
-
-    # These do not change the outcome: a run goes on although they differ.
-    FREE = ("device", "threads", "log_every", "checkpoint_every", "wandb_mode", "wandb_project", "output_dir")
-
-    def __init__(self, config: Config):
-        script = Path(__file__).resolve()
-        self.config, source = config, getattr(config, "dataset", None) or config.environment
-        self.group = f"{script.stem}/{source}/{config.variant}"
-        self.folder = Path(config.output_dir, script.parent.name, self.group, f"seed-{config.seed}")
-        self.lock, self.wandb = filelock.FileLock(self.folder / "lock", timeout=0), None
-        self.info, self.checkpoint, self.history = {}, None, {"metrics": [], "evaluations": []}
-        if not (self.folder / "run.json").exists():
-            return
-        self.hold()
-        self.info = json.loads((self.folder / "run.json").read_text())
-        old, new = self.info["config"], dataclasses.asdict(config)
-        changed = [name for name in new if name not in self.FREE and old.get(name) != new[name]]
-        longer = changed == ["updates"] and new["updates"] > old["updates"]
-        if changed and (not longer or hasattr(Algorithm, "scheduled")):
-            fields = ", ".join(f"{name} {old.get(name)} -> {new[name]}" for name in changed)
-            fields += " (a learning rate is scheduled over them)" * longer
-            raise UserError(f"{self.folder} holds a run of another config: {fields}; take another --variant")
-        self.info["status"] = "running" if longer else self.info["status"]
-        if (self.folder / "checkpoint.pt").exists():
-            self.checkpoint = read_checkpoint(self.folder)
-            self.history = self.checkpoint["history"]
-
-    def hold(self) -> None:
-        try:
-            self.lock.acquire()
-        except filelock.Timeout:
-            raise UserError(f"another process is at work in {self.folder}") from None
-
-    def start(self, **info) -> None:
-        """Opens the folder; what a killed process recorded after its last checkpoint goes."""
-        self.hold()
-        for key in ("dataset_hash", "device", "threads", "compiled", "versions"):
-            if self.checkpoint and self.info.get(key) != info[key]:
-                print(f"resumed with {key} {info[key]}, begun with {self.info.get(key)}: not the same bits")
-        config = dataclasses.asdict(self.config)
-        self.write("config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
-        identity = json.dumps({name: value for name, value in config.items() if name not in self.FREE})
-        config_hash = hashlib.sha256(identity.encode()).hexdigest()
-        self.note(status="running", config=config, config_hash=config_hash, **info)
-        for name in self.history:
-            self.record(name, [])
-
-    def write(self, name: str, content: bytes) -> None:
-        """All of it or nothing, whenever the process is killed or the disk is full."""
-        new = self.folder / f"{name}.new"
-        try:
-            new.write_bytes(content)
-            new.replace(self.folder / name)
-        except OSError as error:
-            new.unlink(missing_ok=True)
-            raise UserError(f"cannot write {new}: {error.strerror}; mend it and run the same again") from None
-
-    def note(self, **info) -> None:
-        self.info |= info
-        self.write("run.json", json.dumps(self.info, indent=1).encode())
-
-    def record(self, name: str, rows: list[dict]) -> None:
-        self.history[name] += rows
-        table = pd.DataFrame(self.history[name], columns=None if self.history[name] else ["update"])
-        self.write(f"{name}.csv", table.to_csv(index=False).encode())
-
-    def mirror(self, row: dict) -> None:
-        """To wandb, which is no record: where it fails, the run goes on without it."""
-        if self.config.wandb_mode == "disabled":
-            return
-        try:
-            import wandb  # takes seconds
-
-            self.wandb = self.wandb or wandb.init(
-                project=self.config.wandb_project, group=self.group, name=f"seed-{self.config.seed}",
-                config=self.info["config"], mode=self.config.wandb_mode, dir=self.folder,
-                settings=wandb.Settings(silent=True))
-            self.wandb.log(row, step=row["update"])
-        except Exception as error:
-            print(f"wandb failed, and the run goes on without it: {error!r:.200}", file=sys.stderr)
-            self.config.wandb_mode = "disabled"
-
-    def save(self, algorithm) -> None:
-        """Everything from which the run goes on to the same bits, if it is finite."""
-        parts = {name: part for name, part in vars(algorithm).items() if hasattr(part, "state_dict")}
-        state = {name: part.state_dict() for name, part in parts.items()}
-        if not all(leaf.isfinite().all() for leaf in leaves(state) if isinstance(leaf, Tensor)):
-            raise UserError("diverged: weights not finite; lower a learning rate", 3)
-        rng = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-        checkpoint = {"updates": algorithm.updates, "state": state, "history": self.history, "rng": rng}
-        torch.save(checkpoint, buffer := io.BytesIO())
-        self.write("checkpoint.pt", buffer.getvalue())
-
-
-def read_checkpoint(folder: Path) -> dict:
-    try:
-        return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-    except Exception as error:
-        problem = f"cannot read {folder}/checkpoint.pt: {error!r:.100}"
-        raise UserError(f"{problem}; remove {folder} to start anew") from None
-
-
-def restore(algorithm, checkpoint: dict) -> None:
-    algorithm.updates = checkpoint["updates"]
-    for name, state in checkpoint["state"].items():
-        getattr(algorithm, name).load_state_dict(state)
-
-
-def load(folder: str, device: str = "cpu") -> Algorithm:
+def load(folder: str, device: str = "cpu") -> SAC:
     """The policy of a run: `load(folder).act(observation)` takes raw observations, one or a batch."""
-    config, checkpoint = parse_config([f"--config_path={folder}/config.yaml"]), read_checkpoint(Path(folder))
-    units = checkpoint["state"]["units"]
-    algorithm = Algorithm(config, len(units["mean"]), len(units["low"]), torch.device(device))
-    restore(algorithm, checkpoint)
-    return algorithm
+    config = parse_config([f"--config_path={folder}/config.yaml"])
+    checkpoint = read_saved(Path(folder, "checkpoint.pt"))
+    learner = SAC(config, Scaler(**checkpoint["state"]["scaler"]).to(device))
+    restore(learner, checkpoint)
+    return learner
 
 
-def compile_losses(algorithm, device: torch.device) -> bool:
-    """Compiles each method whose name ends in _loss; where there is no C++ compiler, they stay eager."""
-    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        print("no C++ compiler (g++) here: the losses are not compiled, which is slower", file=sys.stderr)
-        return False
-    options = {"fallback_random": True}  # eager's random numbers: faster here, and the same as uncompiled
-    for name in dir(algorithm):
-        if name.endswith("_loss"):
-            setattr(algorithm, name, torch.compile(getattr(algorithm, name), dynamic=False, options=options))
-    return True
+def count_steps(config: Config, rows: list[dict], updates: int) -> tuple[int, int]:
+    """Steps in all environments until this update, and how often the run was resumed, this time included.
+
+    Told by the last row of metrics.csv: after it, or before there is one, each update had a step in each.
+    """
+    if updates == 0:
+        return 0, 0
+    count = config.environments
+    first = {"update": 0, "environment_steps": math.ceil(config.random_steps / count) * count, "resumed": 0}
+    last = [first, *rows][-1]
+    return int(last["environment_steps"]) + (updates - last["update"]) * count, int(last["resumed"]) + 1
 
 
-def provenance(device: torch.device) -> dict:
-    """Commit (with a + where files differ from it), versions and hardware, as far as they are known here."""
-    git = partial(subprocess.run, cwd=Path(__file__).resolve().parent, capture_output=True, text=True)
-    describe = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-    commit = git(describe).stdout.strip() if shutil.which("git") else ""
-    names = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
-    versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in names}
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = cpuinfo.partition("model name\t: ")[2].partition("\n")[0] or platform.processor()
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    return {"commit": commit, "device": f"{device.type}: {hardware}",
-            "threads": torch.get_num_threads(), "versions": {"python": platform.python_version(), **versions}}
+def read_ladder(folder: Path, updates: int) -> list[dict[str, Tensor]]:
+    """The actors of a ladder, the lowest first; a rung above `updates` goes: a killed process left it."""
+    rungs = sorted(folder.glob("[0-9]*.safetensors"))
+    for rung in [*rungs]:
+        if int(rung.stem) > updates:
+            rung.unlink()
+            rungs.remove(rung)
+    return [safetensors.torch.load_file(rung) for rung in rungs]
 
 
-# ------------------------------ Online: in place of a dataset and `train` ------------------------------
+# -------------------------------- Online: environments and the replay buffer --------------------------------
 
 
 def make_simulators(name: str, count: int) -> gym.vector.VectorEnv:
@@ -515,9 +331,9 @@ def make_simulators(name: str, count: int) -> gym.vector.VectorEnv:
         raise UserError(f"environment: cannot make {name}: {error!r:.200}") from None
     space = simulators.single_action_space
     flat_dim(simulators.single_observation_space)
-    flat_dim(space, dicts=False)
-    if not np.isfinite([space.low, space.high]).all():
-        raise UserError(f"environment: the actions of {name} have no bounds: {space}")
+    flat_dim(space)
+    if not isinstance(space, gym.spaces.Box) or not np.isfinite([space.low, space.high]).all():
+        raise UserError(f"environment: the actions of {name} are no vectors with bounds: {space}")
     return simulators
 
 
@@ -551,8 +367,8 @@ class ReplayBuffer:
 class Explorer:
     """A policy that steps through environments side by side; every transition goes into the buffer."""
 
-    def __init__(self, environments: gym.vector.VectorEnv, algorithm: SAC, buffer: ReplayBuffer, seed: tuple):
-        self.environments, self.algorithm, self.buffer = environments, algorithm, buffer
+    def __init__(self, environments: gym.vector.VectorEnv, learner: SAC, buffer: ReplayBuffer, seed: tuple):
+        self.environments, self.learner, self.buffer = environments, learner, buffer
         *seeds, last = np.random.SeedSequence(seed).generate_state(environments.num_envs + 1).tolist()
         environments.action_space.seed(last)
         self.observations = flatten(environments.reset(seed=seeds)[0])
@@ -560,136 +376,462 @@ class Explorer:
     def step(self, random: bool) -> None:
         """One step in each environment, of the policy or of uniformly random actions."""
         before, space = self.observations, self.environments.action_space
-        actions = space.sample() if random else self.algorithm.explore(before)
+        actions = space.sample() if random else self.learner.explore(before)
         observations, rewards, terminations, truncations, infos = self.environments.step(actions)
         self.observations = flatten(observations)
         following = self.observations.copy()
         for i in np.flatnonzero(terminations | truncations):
             following[i] = flatten(infos["final_obs"][i])  # its last observation, not the next one's first
-        self.buffer.add(observations=before, actions=self.algorithm.units.scale_actions(actions),
+        self.buffer.add(observations=before, actions=self.learner.scaler.scale_actions(actions),
                         rewards=rewards, next_observations=following, terminations=terminations)
 
+    def refill(self, rungs: list[dict[str, Tensor]], steps: int) -> None:
+        """Steps for a new buffer, an equal share of each older policy and the present one, in this order."""
+        actor = self.learner.actor
+        policies = [*rungs, copy.deepcopy(actor.state_dict())]
+        for number, policy in enumerate(policies, 1):
+            actor.load_state_dict(policy)
+            while self.buffer.added < steps * number // len(policies):
+                self.step(random=False)
 
-def learn(config: Config) -> None:
-    """Learns in the environment, keeps the ladder and records; what the run's folder holds is not redone."""
-    clock, config = time.perf_counter, check_config(config)
-    began, run = clock(), Run(config)
-    if run.info.get("status") == "finished":
-        return print(f"{run.folder} is finished: {run.info['result']}")
-    if run.info.get("status") == "diverged":
-        raise UserError(f"{run.folder} has {run.info['result']}, under another --variant", 3)
+
+# -------------------- Toolbox: the same in every script that has it, word for word --------------------
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step down the gradient of `loss` for the parameters of `optimizer` and no others."""
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+        parameter.grad = gradient
+    optimizer.step()
+
+
+@torch.no_grad()
+def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target <- target + tau (source - target)."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+def set_up_torch(config: Config) -> torch.device:
+    """Seeds torch, sets its threads and precision, and finds the device."""
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    torch.set_float32_matmul_precision(config.precision)
+    torch.set_flush_denormal(True)  # Adam's moments of idle weights end in denormals: slow to compute with
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.zeros(1, device=auto if config.device == "auto" else config.device).device
+        return torch.zeros(1, device=auto if config.device == "auto" else config.device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device: cannot use {config.device}: {error!r:.100}") from None
-    torch.set_num_threads(config.threads or torch.get_num_threads())
-    torch.set_flush_denormal(True)  # Adam's moments of idle weights end in denormals, slow to compute with
-    torch.set_float32_matmul_precision(config.precision)
-    torch.manual_seed(config.seed)
 
-    evaluated, explored = (make_simulators(config.environment, n) for n in (10, config.environments))
-    space = explored.single_action_space
-    sizes = flat_dim(explored.single_observation_space), flat_dim(space, dicts=False)
-    algorithm, buffer = Algorithm(config, *sizes, device), ReplayBuffer(config.buffer_size, *sizes, device)
-    bounds = {"low": torch.as_tensor(space.low), "high": torch.as_tensor(space.high)}
-    algorithm.units.load_state_dict(bounds, strict=False)
-    compiled = config.compile and compile_losses(algorithm, device)
-    run.start(compiled=compiled, dataset_hash=None, **provenance(device))
-    history, fill = run.history["metrics"], config.random_steps
-    last = history[-1] if history else {"environment_steps": 0, "resumed": 0, "time/wall_seconds": 0}
-    steps, resumed, earlier = (last[key] for key in ("environment_steps", "resumed", "time/wall_seconds"))
-    if run.checkpoint:
-        restore(algorithm, run.checkpoint)
-        fill, resumed = config.refill_steps, resumed + 1
-        print(f"resumed at update {algorithm.updates:,}: first {fill:,} steps fill a new buffer")
-        torch.set_rng_state(run.checkpoint["rng"]["cpu"])
-        torch.cuda.set_rng_state_all(run.checkpoint["rng"]["cuda"])
-    for rung in (run.folder / "ladder").glob("[0-9]*"):
-        if int(rung.name.partition(".")[0]) > algorithm.updates:  # a killed process left it
-            rung.unlink()
 
-    def evaluation(phase: str, episodes: int) -> dict[str, float]:
-        seed = config.seed, algorithm.updates, int(phase == "final")
-        with torch.random.fork_rng([device] * (device.type == "cuda")):  # training's own stays as it was
-            torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
-            table = evaluate(algorithm.explore, evaluated, episodes, seed)
-        stamped = table.reset_index(names="episode").assign(update=algorithm.updates, phase=phase)
-        run.record("evaluations", stamped[["update", "phase", "episode", *table]].to_dict("records"))
-        result = {"return_mean": table["return"].mean(), "return_std": table["return"].std(ddof=0),
-                  "length_mean": table["length"].mean(), "success": table["success"].mean()}
-        shown = ", ".join(f"{key} {value:.2f}" for key, value in result.items() if not math.isnan(value))
-        progress.write(f"update {algorithm.updates:,}, {phase} evaluation: {shown}")
-        return {f"eval/{key}": float(value) for key, value in result.items()}
+def compile_methods(learner, *names: str) -> bool:
+    """Compiles these methods; where there is no C++ compiler to do it, they stay as they are."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        print("no C++ compiler (g++) here: the losses are not compiled, which is slower", file=sys.stderr)
+        return False
+    for name in names:
+        # eager's random numbers are faster here, and the same as uncompiled
+        method = torch.compile(getattr(learner, name), dynamic=False, options={"fallback_random": True})
+        setattr(learner, name, method)
+    return True
 
-    def keep(mean: float) -> None:
-        """The policy as a rung of the ladder, if `mean` beats the return of every evaluation before."""
-        if all(mean > row.get("eval/return_mean", -math.inf) for row in history):
-            tensors = {key: value.half().cpu() for key, value in algorithm.actor.state_dict().items()}
-            (run.folder / "ladder").mkdir(exist_ok=True)
-            run.write(f"ladder/{algorithm.updates:09d}.safetensors", safetensors.torch.save(tensors))
 
-    explorer = Explorer(explored, algorithm, buffer, (config.seed, resumed, 2))  # 0 and 1: evaluations
-    progress = tqdm(total=config.updates, initial=algorithm.updates, unit=" updates", disable=None)
+def leaves(tree) -> list:
+    """The entries of a Dict in the order of its sorted keys, however deep; anything else is its own leaf."""
+    if isinstance(tree, Mapping):
+        return [leaf for key in sorted(tree) for leaf in leaves(tree[key])]
+    return [tree]
+
+
+def flatten(tree) -> np.ndarray:
+    """An array as float32; the leaves of a Dict side by side: [..., obs_dim]."""
+    return np.concatenate([np.asarray(leaf, np.float32) for leaf in leaves(tree)], axis=-1)
+
+
+def flat_dim(space: gym.Space) -> int:
+    """Length of the vector that `flatten` makes of an element of `space`."""
+    for leaf in leaves(space):
+        if not isinstance(leaf, gym.spaces.Box) or len(leaf.shape) != 1:
+            raise UserError(f"this script is not for {leaf}: it takes vectors (Box)")
+    return sum(leaf.shape[0] for leaf in leaves(space))
+
+
+class Scaler(nn.Module):
+    """From the environment's units to the learner's: observations standardised, actions in [-1, 1]."""
+
+    def __init__(self, mean, std, low, high):
+        super().__init__()
+        self.obs_dim, self.act_dim = len(mean), len(low)
+        for name, value in {"mean": mean, "std": std, "low": low, "high": high}.items():
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
+
+    def scale_observations(self, observations) -> Tensor:
+        return (torch.as_tensor(flatten(observations), device=self.mean.device) - self.mean) / self.std
+
+    def scale_actions(self, actions) -> Tensor:
+        actions = torch.as_tensor(actions, device=self.low.device)
+        return 2 * (actions - self.low) / (self.high - self.low).clamp(min=1e-6) - 1
+
+    def unscale_actions(self, actions: Tensor) -> np.ndarray:
+        return (self.low + (actions + 1) / 2 * (self.high - self.low)).cpu().numpy()
+
+
+# ------------------------------- Evaluation: what the policy earns -------------------------------
+
+
+def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, seed: tuple) -> pd.DataFrame:
+    """A row an episode: return, length, success (nan if the environment knows none); by `seed` alone.
+
+    Every environment plays one episode a round; one that ends early plays on, uncounted, so that the policy's
+    batch keeps its size, on which the last bits of an action depend.
+    """
+    count, rounds = environments.num_envs, []
+    seeds = np.random.SeedSequence(seed).generate_state(episodes + count).tolist()
+    with torch.random.fork_rng():  # training goes on as if nothing had been evaluated
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
+        for first in range(0, episodes, count):
+            observations, _ = environments.reset(seed=seeds[first : first + count])
+            returns, lengths = np.zeros(count), np.zeros(count, int)
+            running, success = np.ones(count, bool), np.full(count, math.nan)
+            while running.any():
+                observations, rewards, terminations, truncations, infos = environments.step(act(observations))
+                ended = terminations | truncations
+                last = infos.get("final_info", {})  # of an episode's last step; `infos` is the next one's
+                reported = np.where(ended, last.get("success", math.nan), infos.get("success", math.nan))
+                success = np.where(running, np.fmax(success, reported), success)  # that of any step
+                returns += running * rewards
+                lengths += running
+                running &= ~ended
+            rounds.append(pd.DataFrame({"return": returns, "length": lengths, "success": success}))
+    return pd.concat(rounds, ignore_index=True)[:episodes]
+
+
+# ------------------------- The run: its folder, its record and its checkpoint -------------------------
+
+
+class Run:
+    """The folder of one run, its lock, record and checkpoint (README: What a run folder holds)."""
+
+    # These do not change the outcome: a run goes on although they differ.
+    FREE = ("device", "threads", "log_every", "checkpoint_every", "wandb_mode", "wandb_project", "output_dir")
+
+    def __init__(self, config: Config, source: str):
+        script = Path(__file__).resolve()
+        self.config, self.group = config, f"{script.stem}/{source}/{config.variant}"
+        if ".." in Path(self.group).parts or "/" in config.variant or config.variant in ("", "."):
+            raise UserError(f"{self.group} would lead out of its folder: mend the variant or the dataset")
+        self.folder = Path(config.output_dir, script.parent.name, self.group, f"seed-{config.seed}")
+        self.lock = filelock.FileLock(self.folder / "lock", timeout=0)
+        self.info, self.history = {}, {"metrics": [], "evaluations": []}
+        self.wandb, self.interrupted = None, False
+        if (self.folder / "run.json").exists():
+            self.info = read_saved(self.folder / "run.json")
+            old, new = self.info["config"], dataclasses.asdict(config)
+            changed = [name for name in new if name not in self.FREE and old.get(name) != new[name]]
+            if changed:
+                fields = ", ".join(f"{name} {old.get(name)} -> {new[name]}" for name in changed)
+                raise UserError(f"{self.folder} is a run of another config: {fields}; take another --variant")
+            if self.info["status"] == "diverged":
+                raise Diverged(f"{self.folder} has {self.info['result']}, under another --variant")
+
+    @contextlib.contextmanager
+    def start(self, learner, **facts):
+        """Around the training loop: what was saved is restored first, and how it ended is noted."""
+        try:
+            self.lock.acquire()
+        except filelock.Timeout:
+            raise UserError(f"another process is at work in {self.folder}") from None
+        seconds = 0.0
+        if (self.folder / "checkpoint.pt").exists():
+            checkpoint = read_saved(self.folder / "checkpoint.pt")
+            restore(learner, checkpoint)
+            self.history, seconds = checkpoint["history"], checkpoint["seconds"]
+            torch.set_rng_state(checkpoint["rng"]["cpu"])
+            torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
+            print(f"resumed at update {learner.updates:,}")
+            for key, value in facts.items():
+                if self.info.get(key) != value:
+                    print(f"resumed with {key} {value}, begun with {self.info.get(key)}: maybe other bits")
+            commits = [*self.info.get("commit", "").split(), facts["commit"]]
+            facts["commit"] = " ".join(dict.fromkeys(commits))  # every one that took part
+        self.saved = self.printed = self.mark = time.perf_counter()
+        self.began, self.marked = self.mark - seconds, learner.updates
+        config = dataclasses.asdict(self.config)
+        identity = json.dumps({name: value for name, value in config.items() if name not in self.FREE})
+        facts["config_hash"] = hashlib.sha256(identity.encode()).hexdigest()
+        self.write("config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+        self.note(status="running", config=config, **facts)
+        for name in self.history:
+            self.record(name, [])
+        handler = signal.signal(signal.SIGINT, self.interrupt)
+        try:
+            yield
+        except Exception as error:  # after Ctrl-C the status is still running
+            status = "diverged" if isinstance(error, Diverged) else "failed"
+            self.note(status=status, result=f"{error}"[:300])
+            raise
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            self.lock.release()
+
+    def interrupt(self, *_) -> None:
+        """Ctrl-C: the run ends when the update under way is done and saved; a second one ends it at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def write(self, name: str, content: bytes) -> None:
+        """All of it or nothing, whenever the process is killed or the disk is full."""
+        new = self.folder / f"{name}.new"
+        try:
+            new.write_bytes(content)
+            new.replace(self.folder / name)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            raise UserError(f"cannot write {new}: {error.strerror}; mend it and run the same again") from None
+
+    def note(self, **info) -> None:
+        """Writes into run.json what is known of the run."""
+        self.info |= info
+        self.write("run.json", json.dumps(self.info, indent=1).encode())
+
+    def record(self, name: str, rows: list[dict]) -> None:
+        """Adds rows to metrics.csv or evaluations.csv; of one update there is one row of metrics."""
+        history = self.history[name]
+        for row in rows:
+            if name == "metrics" and history and history[-1]["update"] == row["update"]:
+                row = history.pop() | row
+            history.append(row)
+        table = pd.DataFrame(history, columns=None if history else ["update"])
+        self.write(f"{name}.csv", table.to_csv(index=False).encode())
+
+    def is_due(self, update: int, every: int) -> bool:
+        return update % every == 0 or update == self.config.updates
+
+    def log(self, update: int, metrics: Mapping[str, Tensor | float]) -> None:
+        """Metrics of training at this update; where one is not finite, the run ends."""
+        row = {name: float(value) for name, value in metrics.items()}
+        lost = ", ".join(name for name, value in row.items() if not math.isfinite(value))
+        if lost:
+            raise Diverged(f"diverged by update {update}: {lost} not finite; lower a learning rate")
+        now = time.perf_counter()
+        if not sys.stderr.isatty() and now - self.printed > 60:  # there is no progress bar
+            print(f"update {update:,} of {self.config.updates:,}", flush=True)
+            self.printed = now
+        self.log_row(update, row | {"time/updates_per_second": (update - self.marked) / (now - self.mark)})
+
+    def log_episodes(self, update: int, phase: str, episodes: pd.DataFrame, references: tuple) -> None:
+        """An evaluation; `references` are the returns that score 0 and 100, None where unknown."""
+        table = episodes.reset_index(names="episode").assign(update=update, phase=phase)
+        self.record("evaluations", table[["update", "phase", "episode", *episodes]].to_dict("records"))
+        (low, high), means = references, episodes.mean().add_suffix("_mean")
+        result = {"score": math.nan, **means, "return_std": episodes["return"].std(ddof=0)}
+        result["success"] = result.pop("success_mean")
+        if None not in references:
+            result["score"] = 100 * (result["return_mean"] - low) / (high - low)
+        result = {name: float(value) for name, value in result.items()}
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in result.items() if not math.isnan(value))
+        tqdm.write(f"update {update:,}, {phase} evaluation: {shown}")
+        if phase == "final":
+            self.info |= result
+            self.mirror({"update": update, **{f"final/{name}": value for name, value in result.items()}})
+        else:
+            self.log_row(update, {f"eval/{name}": value for name, value in result.items()})
+
+    def log_row(self, update: int, row: dict[str, float]) -> None:
+        """A row of metrics.csv, or more of its last; the clock of updates per second starts again."""
+        self.mark, self.marked = time.perf_counter(), update
+        row = {"update": update, **row, "time/wall_seconds": self.mark - self.began}
+        self.record("metrics", [row])
+        self.mirror(row)
+
+    def mirror(self, row: dict) -> None:
+        """To wandb, which is no record: where it fails, the run goes on without it."""
+        if self.config.wandb_mode == "disabled":
+            return
+        try:
+            import wandb  # takes seconds
+
+            if self.wandb is None:
+                self.note(wandb_id=self.info.get("wandb_id", secrets.token_hex(4)))
+                self.wandb = wandb.init(
+                    project=self.config.wandb_project, group=self.group, name=f"seed-{self.config.seed}",
+                    config=self.info["config"], mode=self.config.wandb_mode, dir=self.folder,
+                    id=self.info["wandb_id"], resume="allow", settings=wandb.Settings(silent=True))
+            self.wandb.log(row, step=row["update"])
+        except Exception as error:
+            print(f"wandb failed, and the run goes on without it: {error!r:.200}", file=sys.stderr)
+            self.config.wandb_mode = "disabled"
+
+    def save_when_due(self, learner) -> None:
+        """A checkpoint every `checkpoint_every` updates, every ten minutes and before Ctrl-C ends the run."""
+        late = time.perf_counter() - self.saved > 600
+        if self.is_due(learner.updates, self.config.checkpoint_every) or late or self.interrupted:
+            self.save(learner)
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def save(self, learner) -> None:
+        """Everything from which the run goes on to the same bits, if it is finite."""
+        parts = {name: part for name, part in vars(learner).items() if hasattr(part, "state_dict")}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        if not all(leaf.isfinite().all() for leaf in leaves(state) if isinstance(leaf, Tensor)):
+            raise Diverged("diverged: weights not finite; lower a learning rate")
+        self.saved = time.perf_counter()
+        checkpoint = {
+            "updates": learner.updates,
+            "state": state,
+            "history": self.history,
+            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            "seconds": self.saved - self.began,
+        }
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        self.write("checkpoint.pt", buffer.getvalue())
+
+    def finish(self) -> None:
+        """Notes what the run came to: the final evaluation, or the last losses where there was none."""
+        table, info = pd.DataFrame(self.history["metrics"]), self.info
+        info["wall_seconds"] = time.perf_counter() - self.began
+        info["updates_per_second"] = table["time/updates_per_second"].median()
+        result = "not evaluated"
+        if "return_mean" in info:
+            kind = "return_mean" if math.isnan(info["score"]) else "score"
+            best = table[f"eval/{kind}"].max()
+            result = f"{kind} {info[kind]:.1f} (best on the way, chosen with the simulator: {best:.1f})"
+            info["best_score"] = table["eval/score"].max()
+        for name, value in info.items():
+            if isinstance(value, float) and math.isnan(value):  # which JSON does not have
+                info[name] = None
+        self.note(status="finished", result=result)
+        print(f"{self.folder}: {result}")
+
+
+def read_saved(file: Path) -> dict:
+    """run.json or checkpoint.pt of a run; an error where it is damaged."""
     try:
-        newest = copy.deepcopy(algorithm.actor.state_dict())
-        rungs = [*map(safetensors.torch.load_file, sorted(run.folder.glob("ladder/*.safetensors")))]
-        for number, policy in enumerate([*rungs, newest], 1):  # the lost buffer had steps of older ones
-            algorithm.actor.load_state_dict(policy)
-            while buffer.added < fill * number // (len(rungs) + 1) and algorithm.updates < config.updates:
-                explorer.step(random=not resumed)
-        mark, marked = clock(), algorithm.updates
-        while algorithm.updates < config.updates:
-            explorer.step(random=False)
-            metrics, update = algorithm.update(buffer.draw(config.batch_size)), algorithm.updates
-            every = config.log_every, config.eval_every, config.checkpoint_every
-            due = [update % interval == 0 or update == config.updates for interval in every]
-            if not any(due):
-                continue
-            row = {"update": update, "environment_steps": steps + buffer.added, "resumed": resumed}
-            row |= {key: float(value) for key, value in metrics.items()}
-            if lost := ", ".join(key for key, value in row.items() if not math.isfinite(value)):
-                raise UserError(f"diverged by update {update}: {lost} not finite; lower a learning rate", 3)
-            row["time/updates_per_second"] = (update - marked) / (clock() - mark)
-            progress.update(update - marked)
-            if due[1]:
-                row |= evaluation("training", config.eval_episodes)
-                keep(row["eval/return_mean"])
-            row["time/wall_seconds"] = earlier + clock() - began
-            run.record("metrics", [row])
-            run.mirror(row)
-            if due[2]:
-                run.save(algorithm)
-            mark, marked = clock(), update
-        progress.close()
-        final, table = evaluation("final", config.final_eval_episodes), pd.DataFrame(history)
-        run.mirror({"update": config.updates} | {key.replace("eval", "final"): final[key] for key in final})
-        numbers = {key.removeprefix("eval/"): value for key, value in final.items()}
-        numbers |= {"best_return": table["eval/return_mean"].max(), "wall_seconds": earlier + clock() - began}
-        numbers["updates_per_second"] = table["time/updates_per_second"].median()
-        numbers |= {"environment_steps": int(table["environment_steps"].iloc[-1]), "resumed": resumed}
-        result = "return {return_mean:.1f} +- {return_std:.1f} after {environment_steps:,} environment steps"
-        result += " (best on the way, chosen with the simulator: {best_return:.1f})"
-        result = result.format(**numbers)
-        numbers = {key: None if math.isnan(value) else value for key, value in numbers.items()}
-        run.note(status="finished", result=result, **numbers)
-        print(f"{run.folder}: {result}")
-    except Exception as error:  # after Ctrl-C the status is still running
-        status = "diverged" if error.args[1:] == (3,) else "failed"
-        run.note(status=status, result=str(error.args[0] if error.args else error)[:300])
+        if file.suffix == ".json":
+            saved, keys = json.loads(file.read_text()), {"config", "status"}
+        else:
+            damaged = zipfile.ZipFile(file).testzip()  # torch.load does not look at the sums
+            if damaged:
+                raise ValueError(f"{damaged} is damaged")
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            keys = {"updates", "state", "history", "rng", "seconds"}
+        if not keys <= saved.keys():
+            raise ValueError(f"without {', '.join(sorted(keys - saved.keys()))}")
+        return saved
+    except Exception as error:  # json, zipfile, pickle and torch raise whatever they like
+        raise UserError(f"cannot read {file}: {error!r:.150}; remove {file.parent} to start anew") from None
+
+
+def restore(learner, checkpoint: dict) -> None:
+    """Puts the states of a checkpoint into the parts of `learner` that they are named for."""
+    try:
+        for name, state in checkpoint["state"].items():
+            vars(learner)[name].load_state_dict(state)
+        learner.updates = checkpoint["updates"]
+    except Exception as error:  # names and shapes of other code
+        raise UserError(f"the checkpoint does not fit this script: {error!r:.200}") from None
+
+
+def provenance(device: torch.device) -> dict:
+    """Commit (with a + where files differ from it), versions and hardware, as far as they are known here."""
+    here, commit = Path(__file__).resolve().parent, ""
+    if shutil.which("git"):
+        describe = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        found = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False)
+        commit = found.stdout.strip()
+    names = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
+    installed = [(found.name, found.version) for found in importlib.metadata.distributions()]
+    versions = {"python": platform.python_version()} | {name: it for name, it in installed if name in names}
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    hardware = cpuinfo.partition("model name\t: ")[2].partition("\n")[0] or platform.processor()
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    hardware = f"{device.type}: {hardware}"
+    return {"commit": commit, "device": hardware, "threads": torch.get_num_threads(), "versions": versions}
+
+
+# ------------------------------ The command line and its errors ------------------------------
+
+
+class UserError(Exception):
+    """What the user can mend: `main` prints it in one line."""
+
+
+class Diverged(UserError):
+    """A loss or weight that is not finite any more."""
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """Config from the YAML file of `--config_path`, then from `--field value`: pyrallis reads both."""
+    register, infinity = pyrallis.decode.register, math.inf
+    register(int, partial(number, int, 0, 2**32 - 1))
+    register(Count, partial(number, int, 1, infinity))
+    register(float, partial(number, float, -infinity, infinity))
+    register(Size, partial(number, float, 0, infinity))
+    register(Positive, partial(number, float, 1e-6, infinity))
+    register(Share, partial(number, float, 0, 1))
+    register(bool, partial(choice, (True, False)))
+    register(Precision, partial(choice, ("highest", "high", "medium")))
+    register(WandbMode, partial(choice, ("offline", "online", "disabled")))
+    register(str, text)
+    register(Config, decode_config)
+    with mock.patch("inspect.getsource", functools.cache(inspect.getsource)):  # pyrallis asks field by field
+        parser = pyrallis.argparsing.ArgumentParser(Config, allow_abbrev=False, exit_on_error=False)
+    try:
+        config, unknown = parser.parse_known_args(arguments)
+        for word in unknown:
+            decode_config({word.lstrip("-").partition("=")[0]: None})
+    except UserError:
         raise
-    finally:
-        run.lock.release()
+    except Exception as error:  # argparse, yaml and the disk have no error in common
+        raise UserError(f"cannot read the config: {error}; see --help") from None
+    return config
+
+
+def decode_config(values: dict) -> Config:
+    """A Config of what pyrallis has read; an error that names the field, or the nearest one."""
+    kinds, decoded = {field.name: field.type for field in dataclasses.fields(Config)}, {}
+    for name, value in values.items():
+        if name not in kinds:
+            near = difflib.get_close_matches(str(name), kinds, 1)
+            advice = f"did you mean {near[0]}?" if near else "see --help"
+            raise UserError(f"unknown field {name}: {advice}")
+        try:
+            decoded[name] = pyrallis.decode(kinds[name], value)
+        except Exception as error:
+            raise UserError(f"{name}: {error}") from None
+    return Config(**decoded)
+
+
+def number(kind: type, low: float, high: float, value) -> int | float:
+    """`value` as an int or a float within limits: 1e6 is an int, 2.5 and true are none."""
+    found = math.nan if isinstance(value, bool) else float(value)
+    if not (math.isfinite(found) and low <= found <= high) or found != kind(found):
+        raise ValueError(f"{value!r} is not {kind.__name__} in [{low}, {high}]")
+    return kind(found)
+
+
+def text(value) -> str:
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not text")
+    return str(value)
+
+
+def choice(choices: tuple, value):
+    if type(value) is not type(choices[0]) or value not in choices:
+        raise ValueError(f"{value!r} is not {' or '.join(map(str, choices))}")
+    return value
 
 
 def main(action: Callable[[Config], None]) -> None:
     """The command line of `action`: what the user can mend ends in one line on stderr."""
     try:
         return action(parse_config(sys.argv[1:]))
-    except UserError as error:
-        message, status = (*error.args, 2)[:2]
-    except OSError as error:
-        message, status = str(error), 2
+    except (UserError, OSError) as error:
+        message, status = f"{error}", 3 if isinstance(error, Diverged) else 2
     except KeyboardInterrupt:
         message, status = "interrupted; the same command goes on from what is saved", 130
     print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)
@@ -697,4 +839,4 @@ def main(action: Callable[[Config], None]) -> None:
 
 
 if __name__ == "__main__":
-    main(learn)
+    main(train)

@@ -1,0 +1,80 @@
+"""Every numbered equation of an offline script's docstring has an oracle test, which says so.
+
+`@pytest.mark.equation(1, 2)` on a test of tests/test_NAME.py claims the equations (1) and (2) of
+algorithms/offline/NAME.py. A claim is only as good as the test that makes it, but none can be forgotten.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from conftest import OFFLINE, ROOT
+
+
+def equations(script: Path) -> set[int]:
+    """Numbers at the beginning of the lines of the docstring."""
+    docstring = ast.get_docstring(ast.parse(script.read_text()))
+    return {int(number) for number in re.findall(r"^ *\((\d+)\)", docstring, re.MULTILINE)}
+
+
+def claimed(tests: Path) -> set[int]:
+    """Numbers in the markers of the tests, as their syntax tree has them."""
+    functions = (node for node in ast.parse(tests.read_text()).body if isinstance(node, ast.FunctionDef))
+    decorators = (mark for test in functions if test.name.startswith("test_") for mark in test.decorator_list)
+    marks = [mark for mark in decorators if isinstance(mark, ast.Call)]
+    marks = [mark for mark in marks if ast.unparse(mark.func) == "pytest.mark.equation"]
+    return {ast.literal_eval(number) for mark in marks for number in mark.args}
+
+
+def check(script: Path, tests: Path) -> None:
+    """Fails where an equation of the script has no test, or a test claims one that there is not."""
+    assert tests.exists(), f"{script.name} has no {tests.name} with oracle tests"
+    found, tested = equations(script), claimed(tests)
+    assert found, f"{script.name} has no numbered equations"
+    assert not found - tested, f"no oracle test of {sorted(found - tested)} of {script.name} in {tests.name}"
+    assert not tested - found, f"{tests.name} tests {sorted(tested - found)}, which {script.name} lacks"
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_every_equation_has_an_oracle_test(name):
+    check(ROOT / f"algorithms/offline/{name}.py", ROOT / f"tests/test_{name}.py")
+
+
+def test_the_check_reads_docstrings():
+    assert equations(ROOT / "algorithms/offline/td3_bc.py") == {1, 2, 3, 4, 5, 6}
+    assert equations(ROOT / "algorithms/offline/bcq.py") == {1, 2, 3, 4, 5, 6, 7, 8}
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_one_equation_more_or_fewer_fails(tmp_path, name):
+    source = (ROOT / f"algorithms/offline/{name}.py").read_text()
+    tests, copy = ROOT / f"tests/test_{name}.py", tmp_path / f"{name}.py"
+    copy.write_text(source)
+    check(copy, tests)
+    last = max(equations(copy))
+    copy.write_text(source.replace("\n\nDifferences", f"\n  ({last + 1})  x = y\n\nDifferences", 1))
+    with pytest.raises(AssertionError, match=rf"no oracle test of \[{last + 1}\]"):
+        check(copy, tests)
+    copy.write_text(source.replace(f"\n  ({last})  ", "\n  ", 1))
+    with pytest.raises(AssertionError, match=rf"tests \[{last}\], which"):
+        check(copy, tests)
+    copy.write_text('"""Nothing (1) here."""\n')
+    with pytest.raises(AssertionError, match="no numbered equations"):
+        check(copy, tests)
+
+
+def test_a_script_without_tests_fails(tmp_path):
+    with pytest.raises(AssertionError, match=r"bc\.py has no test_new\.py"):
+        check(ROOT / "algorithms/offline/bc.py", tmp_path / "test_new.py")
+
+
+def test_what_is_no_marker_of_a_test_does_not_count(tmp_path):
+    file = tmp_path / "test_one.py"
+    file.write_text(
+        "# @pytest.mark.equation(1)\n"
+        "@pytest.mark.equation(2)\ndef helper(): ...\n"
+        "@pytest.mark.parametrize('x', [3])\ndef test_a(x): ...\n"
+        "@pytest.mark.equation(4, 5)\n@pytest.mark.parametrize('x', [6])\ndef test_b(x): ...\n"
+    )
+    assert claimed(file) == {4, 5}
