@@ -26,8 +26,6 @@ is) and N of its rungs, evenly spaced. There, put it back and go on:
 
 import argparse
 import importlib
-import io
-import json
 import shutil
 import sys
 import zipfile
@@ -93,13 +91,10 @@ def measure(config, tensors: dict[str, torch.Tensor], update: int) -> dict[str, 
     """Returns of the sampled policy in episodes that no one has selected it by."""
     environments = sac.make_simulators(config.environment, 10)
     space = environments.single_action_space
-    sizes = sac.flat_dim(environments.single_observation_space), sac.flat_dim(space)
-    policy, seed = sac.Algorithm(config, *sizes, torch.device("cpu")), (config.seed, update, PHASE)
-    policy.actor.load_state_dict({key: value.float() for key, value in tensors.items()})
-    bounds = {"low": torch.as_tensor(space.low), "high": torch.as_tensor(space.high)}
-    policy.units.load_state_dict(bounds, strict=False)
-    torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
-    returns = sac.evaluate(policy.explore, environments, EPISODES, seed)["return"]
+    obs_dim = sac.flat_dim(environments.single_observation_space)
+    policy = sac.SAC(config, sac.Scaler(np.zeros(obs_dim), np.ones(obs_dim), space.low, space.high))
+    policy.actor.load_state_dict(tensors)
+    returns = sac.evaluate(policy.explore, environments, EPISODES, (config.seed, update, PHASE))["return"]
     return {"return_mean": returns.mean(), "return_std": returns.std(ddof=0), "episodes": len(returns)}
 
 
@@ -135,20 +130,14 @@ def publish(folder: Path, info: dict, target: Path, level: float | None) -> None
 
 def carry(folder: Path, target: Path, count: int) -> None:
     """Replaces `target` by what `folder` needs to go on from its checkpoint."""
-    numbers = [np._core.multiarray.scalar, np.dtype, np.dtypes.Float64DType]  # in sac.py's first version
-    with torch.serialization.safe_globals(numbers):
-        checkpoint = sac.read_checkpoint(folder)
-    for rows in checkpoint["history"].values():
-        rows[:] = [{key: getattr(value, "item", lambda value=value: value)() for key, value in row.items()}
-                   for row in rows]
-    torch.save(checkpoint, plain := io.BytesIO())
+    checkpoint = sac.read_saved(folder / "checkpoint.pt")
     rungs = read_ladder(folder).query("update <= @checkpoint['updates']")
     kept = rungs.iloc[spread(np.arange(len(rungs)), count)]
 
     shutil.rmtree(new := target.with_suffix(".new"), ignore_errors=True)
     (new / "ladder").mkdir(parents=True)
     with zipfile.ZipFile(new / "checkpoint.pt", "w", zipfile.ZIP_DEFLATED) as packed:
-        source = zipfile.ZipFile(plain)
+        source = zipfile.ZipFile(folder / "checkpoint.pt")
         for name in source.namelist():
             packed.writestr(name, source.read(name))
     for name in ("run.json", "config.yaml"):
@@ -172,7 +161,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
-        info = json.loads((options.run / "run.json").read_text())
+        info = sac.read_saved(options.run / "run.json")
         target = options.output_dir / info["config"]["environment"].partition("-")[0].lower()
         if options.carry:
             carry(options.run, target / "run", options.rungs)

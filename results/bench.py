@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import gymnasium as gym
@@ -44,49 +45,67 @@ def load_script(name: str):
     return sys.modules[name]
 
 
-def random_data(device: torch.device, rows: int = 100_000) -> dict[str, torch.Tensor]:
-    """Transitions in the learner's units, as `load_transitions` gives them."""
-    generator = torch.Generator().manual_seed(0)
-    columns = {
-        "observations": torch.randn(rows, OBS_DIM, generator=generator),
-        "actions": torch.rand(rows, ACT_DIM, generator=generator) * 2 - 1,
-        "rewards": torch.randn(rows, generator=generator),
-        "next_observations": torch.randn(rows, OBS_DIM, generator=generator),
-        "terminations": (torch.rand(rows, generator=generator) < 0.01).float(),
-    }
-    return {name: column.to(device) for name, column in columns.items()}
+def new_learner(script, config, device: torch.device):
+    """Of the one class in a script that has an `update`; its scaler changes nothing."""
+    classes = [value for value in vars(script).values() if isinstance(value, type)]
+    (learner,) = [each for each in classes if each.__module__ == script.__name__ and hasattr(each, "update")]
+    scaler = script.Scaler(np.zeros(OBS_DIM), np.ones(OBS_DIM), -np.ones(ACT_DIM), np.ones(ACT_DIM))
+    return learner(config, scaler.to(device))
+
+
+def random_episodes(count: int = 100, length: int = 1000) -> list[dict[str, np.ndarray]]:
+    """As `read_episodes` gives them."""
+    generator = np.random.default_rng(0)
+    episodes = []
+    for _ in range(count):
+        episode = {
+            "observations": generator.normal(size=(length + 1, OBS_DIM)),
+            "actions": generator.uniform(-1, 1, size=(length, ACT_DIM)),
+            "rewards": generator.normal(size=length),
+            "terminations": np.arange(length) == length - 1,
+        }
+        episodes.append({name: column.astype(np.float32) for name, column in episode.items()})
+    return episodes
+
+
+def draw(script, learner, episodes: list, config) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches as the script's own `train` makes them: DT's are windows, the others' transitions."""
+    if not hasattr(script, "windows"):
+        data = script.transitions(episodes, learner.scaler)
+        return script.draw_batches(data, config.batch_size, seed=0, update=0)
+    data = script.steps(episodes, learner.scaler)
+    rows = {"starts": torch.arange(len(data["timesteps"]), device=learner.scaler.mean.device)}
+    batches = script.draw_batches(rows, config.batch_size, seed=0, update=0)
+    return (script.windows(data, batch["starts"], config.context) for batch in batches)
 
 
 def measure(name: str, device: torch.device, turns: int, seconds: float) -> dict[str, list[float]]:
     """{variant: updates per second of each turn}; the whole loop but for evaluation and records."""
-    script, data, learners, speeds = load_script(name), random_data(device), {}, {key: [] for key in VARIANTS}
+    script, episodes = load_script(name), random_episodes()
+    learners, speeds = {}, {variant: [] for variant in VARIANTS}
     for variant, settings in VARIANTS.items():
         config = dataclasses.replace(script.Config(), **settings)
         torch.set_float32_matmul_precision(config.precision)
         torch.manual_seed(0)
-        algorithm = script.Algorithm(config, OBS_DIM, ACT_DIM, device)
+        learner = new_learner(script, config, device)
         if config.compile:
-            script.compile_losses(algorithm, device)
-        draw = script.draw_batches
-        if hasattr(algorithm, "draw_windows"):  # of episodes of 1000 steps
-            draw, rows = algorithm.draw_windows, torch.arange(len(data["rewards"]), device=device)
-            data |= {"timesteps": (rows % 1000).float(), "returns_to_go": data["rewards"]}
-        batches = draw(data, config.batch_size, seed=0, update=0)
-        learners[variant] = config.precision, algorithm, batches
-        run_updates(algorithm, batches, 20, device)  # compile and warm up
+            script.compile_methods(learner, *[method for method in dir(learner) if method.endswith("_loss")])
+        batches = draw(script, learner, episodes, config)
+        learners[variant] = config.precision, learner, batches
+        run_updates(learner, batches, 20, device)  # compile and warm up
     for _ in range(turns):
-        for variant, (precision, algorithm, batches) in learners.items():
+        for variant, (precision, learner, batches) in learners.items():
             torch.set_float32_matmul_precision(precision)
-            count = max(5, int(seconds * run_updates(algorithm, batches, 5, device)))
-            speeds[variant].append(run_updates(algorithm, batches, count, device))
+            count = max(5, int(seconds * run_updates(learner, batches, 5, device)))
+            speeds[variant].append(run_updates(learner, batches, count, device))
     return speeds
 
 
-def run_updates(algorithm, batches, count: int, device: torch.device) -> float:
+def run_updates(learner, batches, count: int, device: torch.device) -> float:
     """Updates per second over `count` updates."""
     began = time.perf_counter()
     for _ in range(count):
-        algorithm.update(next(batches))
+        learner.update(next(batches))
     if device.type == "cuda":
         torch.cuda.synchronize()
     return count / (time.perf_counter() - began)
@@ -98,13 +117,13 @@ def measure_evaluation(turns: int) -> float:
     same_step = gym.vector.AutoresetMode.SAME_STEP
     makers = [lambda: gym.make("Hopper-v5")] * 10
     environments = gym.vector.SyncVectorEnv(makers, copy=False, autoreset_mode=same_step)
-    algorithm = script.Algorithm(script.Config(), OBS_DIM, ACT_DIM, torch.device("cpu"))
-    script.evaluate(algorithm.act, environments, 10, (0,))  # warm up
+    learner = new_learner(script, script.Config(), torch.device("cpu"))
+    script.evaluate(learner.act, environments, 10, (0,))  # warm up
     figures = []
     for turn in range(turns):
         steps, began = 0, time.perf_counter()
         for lap in range(20):  # ten episodes a lap: all ten environments step until the last one has ended
-            steps += 10 * script.evaluate(algorithm.act, environments, 10, (turn, lap))["length"].max()
+            steps += 10 * script.evaluate(learner.act, environments, 10, (turn, lap))["length"].max()
         figures.append(1000 * (time.perf_counter() - began) / steps)
     return float(np.median(figures))
 

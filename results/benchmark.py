@@ -17,10 +17,11 @@ A matrix is a YAML file with these fields, of which only `overrides` may be left
   overrides: {updates: 50000}   # fields of every run
 
 A run is the script's own command line with its config file, in a process with one thread. So a finished run
-is skipped, one that was cut off or failed goes on from its checkpoint, and a finished one of fewer updates
-goes on where the script can do that. Fields that change what is learned need a `variant`, which names the
-run's folder; results/scores.py counts such runs once configs/ has a file of that name. A run prints into
-log.txt in its folder. Where there are GPUs, the processes of this machine share them evenly.
+is skipped, and one that was cut off or failed goes on from its checkpoint. A folder with a run of another
+config is left to the script, which refuses it: this is shown as a failure. Fields that change what is learned
+need a `variant`, which names the run's folder; results/scores.py counts such runs once configs/ has a file of
+that name. A run prints into log.txt in its folder. Where there are GPUs, the processes of this machine share
+them evenly.
 
 On a cluster every machine needs this repository, its Python, the datasets and --output_dir at the same paths,
 as shared storage gives them. The runs of a machine that died go on elsewhere.
@@ -176,9 +177,8 @@ def read_script(path: Path) -> tuple[dict, set]:
     """Config's fields with their defaults, and Run.FREE. It is parsed, not run: torch takes seconds."""
     bodies = {node.name: node.body for node in ast.parse(path.read_text()).body if hasattr(node, "name")}
     values = {node.target.id: node.value for node in bodies["Config"] if isinstance(node, ast.AnnAssign)}
-    plain = {name: value.args[0] if isinstance(value, ast.Call) else value for name, value in values.items()}
     (free,) = [node.value for node in bodies["Run"] if ast.unparse(node).startswith("FREE = ")]
-    return {name: ast.literal_eval(value) for name, value in plain.items()}, {*ast.literal_eval(free)}
+    return {name: ast.literal_eval(value) for name, value in values.items()}, {*ast.literal_eval(free)}
 
 
 def read_configs(folder: Path) -> dict[str, dict[str, Path]]:
@@ -254,16 +254,17 @@ def expand(matrix: dict, output: Path) -> list[Run]:
 
 
 def read_record(run: Run) -> dict:
-    """Its run.json; empty where there is none yet."""
+    """Its run.json; empty where there is none yet, or a damaged one: the script will say so."""
     try:
-        return json.loads((run.folder / "run.json").read_text())
-    except FileNotFoundError:
+        found = json.loads((run.folder / "run.json").read_text())
+    except (FileNotFoundError, ValueError):
         return {}
+    return found if isinstance(found, dict) and {"config", "status"} <= found.keys() else {}
 
 
 def is_finished(run: Run, record: dict) -> bool:
     """Would the script find nothing to do? It takes seconds to see that itself."""
-    fields, config = run.config.keys() - read_script(run.script)[1], record.get("config")
+    fields, config = run.config.keys() - read_script(run.script)[1], record.get("config", {})
     return record.get("status") == "finished" and all(config.get(name) == run.config[name] for name in fields)
 
 

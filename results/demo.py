@@ -26,7 +26,7 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator, StrMethodFormatter
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"bc": "BC", "td3_bc": "TD3+BC"}
 COLORS = {"BC": "#D55E00", "TD3+BC": "#0072B2", "The data": "#444444", "goal": "#009E73"}  # for all eyes
-STARTS = 20  # episodes of the data and of each policy in the picture
+ROUNDS = 2  # that every environment plays for the picture
 REACH = 0.45  # m from the goal that PointMaze rewards
 
 
@@ -40,12 +40,14 @@ def main() -> None:
     fields, others = parser.parse_known_args()
     folders = {name: train(algorithm, vars(fields), others) for algorithm, name in NAMES.items()}
     runs = {name: json.loads((folder / "run.json").read_text()) for name, folder in folders.items()}
+    if "score" not in runs["BC"]:
+        sys.exit(f"{fields.dataset} has no environment to evaluate in: name one with --environment")
 
     sys.path.append(str(ROOT / "algorithms/offline"))
     script = importlib.import_module("bc")
     with contextlib.redirect_stdout(io.StringIO()):  # the training has said it
         dataset = script.load_dataset(fields.dataset)
-        environments = script.make_environments(dataset, runs["BC"]["config"]["environment"], STARTS)
+        environments = script.make_environments(dataset, runs["BC"]["config"]["environment"])
     explain(runs, dataset.storage.metadata)
     picture = Path(fields.output_dir, "demo", f"{fields.dataset}.png")
     finished = max((folder / "run.json").stat().st_mtime for folder in folders.values())
@@ -66,7 +68,13 @@ def train(algorithm: str, fields: dict[str, str], others: list[str]) -> Path:
     words += [word for name, value in fields.items() for word in (f"--{name}", value)]
     command = [sys.executable, str(ROOT / f"algorithms/offline/{algorithm}.py"), *words, *others]
     environ = os.environ | {"TQDM_DESC": NAMES[algorithm]}  # stands before the progress bar
-    if status := subprocess.run(command, env=environ, check=False).returncode:
+    with subprocess.Popen(command, env=environ) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # it hears Ctrl-C too, and saves first
+            raise
+    if status:
         sys.exit(status)  # the script has said why
     return Path(fields["output_dir"], "offline", path, fields["variant"], f"seed-{fields['seed']}")
 
@@ -109,7 +117,8 @@ def draw(picture: Path, folders: dict, runs: dict, dataset, environments) -> Non
     data_return = np.mean([rewards.sum() for _, rewards in data])
     draw_curves(curves, folders, runs, dataset.storage.metadata, data_return)
     if maze:
-        walks = {"The data": [data[i] for i in np.random.default_rng(0).integers(len(data), size=STARTS)]}
+        shown = np.random.default_rng(0).integers(len(data), size=ROUNDS * environments.num_envs)
+        walks = {"The data": [data[i] for i in shown]}
         for algorithm, name in NAMES.items():
             walks[name] = play(importlib.import_module(algorithm), folders[name], environments)
         for axis, (name, episodes) in zip(panels, walks.items()):
@@ -117,7 +126,7 @@ def draw(picture: Path, folders: dict, runs: dict, dataset, environments) -> Non
             draw_walks(axis, name, episodes)
         panels[0].set_ylabel("y (m)")
         key = panels[0].get_legend_handles_labels()
-        title = f"{STARTS} episodes each; both policies from the same starts"
+        title = f"{len(shown)} episodes each; both policies from the same starts"
         figure.legend(*key, loc="outside lower right", ncols=4, frameon=False, title=title)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture.with_suffix(".new.png"), dpi=150)
@@ -150,18 +159,21 @@ def draw_curves(axis, folders: dict, runs: dict, known: dict, data_return: float
 
 
 def play(script, folder: Path, environments) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(positions, rewards) of an episode in each environment, from the same starts for every policy."""
-    policy, running, lengths = script.load(folder), np.ones(STARTS, bool), np.zeros(STARTS, int)
-    observations, _ = environments.reset(seed=list(range(STARTS)))
-    seen, earned = [], []
-    while running.any():
-        seen.append(script.flatten(observations)[:, :2])
-        observations, rewards, terminations, truncations, _ = environments.step(policy.act(observations))
-        earned.append(rewards)
-        lengths += running
-        running &= ~(terminations | truncations)
-    episodes = zip(np.stack(seen, 1), np.stack(earned, 1), lengths)
-    return [(positions[:length], rewards[:length]) for positions, rewards, length in episodes]
+    """(positions, rewards) of ROUNDS episodes in each environment, from the same starts for every policy."""
+    policy, count, episodes = script.load(folder), environments.num_envs, []
+    for first in range(0, ROUNDS * count, count):
+        running, lengths, seen, earned = np.ones(count, bool), np.zeros(count, int), [], []
+        observations, _ = environments.reset(seed=list(range(first, first + count)))
+        while running.any():
+            seen.append(script.flatten(observations)[:, :2])
+            actions = policy.act(observations)
+            observations, rewards, terminations, truncations, _ = environments.step(actions)
+            earned.append(rewards)
+            lengths += running
+            running &= ~(terminations | truncations)
+        walks = zip(np.stack(seen, 1), np.stack(earned, 1), lengths)
+        episodes += [(positions[:length], rewards[:length]) for positions, rewards, length in walks]
+    return episodes
 
 
 def draw_maze(axis, maze) -> None:

@@ -364,7 +364,8 @@ def cells_table(cells: Iterable[Cell]) -> str:
                  for name, column in METRICS.items()}
         shown["success"] = show(100 * runs["success"]) + " %" if shown["success"] else ""
         shown["score"] += f" ({cell.mixed})" * bool(cell.mixed)
-        commits = " ".join(sorted({f"`{shorten(commit)}`" for commit in runs["commit"]}))
+        known = [commit for several in runs["commit"] for commit in several.split() or [""]]
+        commits = " ".join(sorted({f"`{shorten(commit)}`" for commit in known}))
         hashes = " ".join(sorted({f"`{value[:8]}`" for value in runs["dataset_hash"]}))
         data = f"[{hashes}]({card})" if (card := card_of(cell)) else hashes
         rows.append([cell.dataset, f"[{cell.learner}](../../{cell.config})", *shown.values(), len(runs),
@@ -715,6 +716,7 @@ def read_version(name: str) -> dict[str, Cell]:
         return {cell.name: cell for cell in gather_cells(read_scores(Path(name)))}
     table = read_scores(ROOT / "results/scores")
     known = sorted({*table["commit"]} - {""})
+    known = [commit for commit in known if " " not in commit]  # a run of several tells nothing of one
     found = [commit for commit in known if commit == name] or [c for c in known if c.startswith(name)]
     if len(found) != 1:
         problem = "is several commits" if found else "is neither a folder nor a commit"

@@ -10,6 +10,7 @@ replaces its own rows; those of other runs stay.
 """
 
 import argparse
+import ast
 import json
 import re
 import runpy
@@ -27,6 +28,7 @@ CLOCK = ["wall_seconds", "updates_per_second"]
 RECORD = ["commit", "config_hash", "dataset_hash", "device", "versions"]
 COLUMNS = [*KEY, "update", "phase", *RESULT, "episodes", "best_score", *CLOCK, *RECORD]
 FREE = {"seed", "updates", "eval_every", "eval_episodes"}  # a run may take these from the command line
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a broken record of a run raises
 DEMO = "reef/pointmaze/umaze-v0"  # the dataset of the column "Score" in the table of algorithms
 
 
@@ -86,11 +88,16 @@ def gather(runs: Path) -> None:
     """Merges the finished runs under `runs` into results/scores, and names the others."""
     gathered = {}
     for file in sorted(runs.glob("*/*/**/seed-*/run.json")):
-        (family, algorithm), info = file.relative_to(runs).parts[:2], json.loads(file.read_text())
-        if problem := objection(family, algorithm, info):
+        family, algorithm = file.relative_to(runs).parts[:2]
+        try:
+            info = json.loads(file.read_text())
+            problem = objection(family, algorithm, info)
+            rows = pd.DataFrame() if problem else read_run(file.parent, family, algorithm, info)
+        except DAMAGED as error:
+            problem = f"its record cannot be read: {error!r:.150}"
+        if problem:
             print(f"skipped {file.parent}: {problem}")
         else:
-            rows = read_run(file.parent, family, algorithm, info)
             gathered[tuple(rows[KEY].iloc[0])] = rows
     everything = dict(list(read_scores().groupby(KEY))) | gathered
     for algorithm in sorted({key[1] for key in gathered}):
@@ -132,19 +139,26 @@ def scores_table(finals: pd.DataFrame) -> str:
     return f"{note}\n\n{markdown(pd.Series(cells).unstack(fill_value='').reset_index(names='Dataset'))}"
 
 
+def is_learner(text: str) -> bool:
+    """Has a script a class with an `update`?"""
+    classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+    return any(getattr(node, "name", "") == "update" for each in classes for node in each.body)
+
+
 def algorithms_table(finals: pd.DataFrame) -> str:
-    """A row a learner: what the first line of its docstring says, its lines (own + plumbing), its score."""
+    """A row a learner: what the first line of its docstring says, its lines (own + toolbox), its score."""
     rows, finals = [], finals.query("dataset == @DEMO and variant == 'default'")
     for path in sorted((ROOT / "algorithms").glob("*/*.py")):
         text, (_, family, file) = path.read_text(), path.relative_to(ROOT).parts
-        if "\nAlgorithm = " in text:
-            name, paper, number = re.match(r'"""(.+?): .*\((.+), arXiv:([\d.]+)\)', text).groups()
-            scores = finals.query("family == @family and algorithm == @path.stem")["score"]
-            links = f"[{file}](algorithms/{family}/{file})", f"[{paper}](https://arxiv.org/abs/{number})"
-            lines = text.splitlines()
-            own = next(i for i, line in enumerate(lines) if line.startswith("# ---") and "Plumbing" in line)
-            length = f"{own} + {len(lines) - own}"
-            rows.append([name, *links, length, show(scores) if len(scores) else ""])
+        if not is_learner(text):
+            continue
+        name, paper, number = re.match(r'"""(.+?): .*\((.+), arXiv:([\d.]+)\)', text).groups()
+        scores = finals.query("family == @family and algorithm == @path.stem")["score"]
+        links = f"[{file}](algorithms/{family}/{file})", f"[{paper}](https://arxiv.org/abs/{number})"
+        lines = text.splitlines()
+        banners = [index for index, line in enumerate(lines) if re.match("# -+ Toolbox", line)]
+        own = banners[0] if banners else len(lines)  # one without a toolbox is all its own
+        rows.append([name, *links, f"{own} + {len(lines) - own}", show(scores) if len(scores) else ""])
     return markdown(pd.DataFrame(rows, columns=["Algorithm", "File", "Paper", "Lines", "Score"]))
 
 
