@@ -5,5 +5,5 @@ WORKDIR /reef
 COPY . .
 # torch without CUDA; for GPUs: docker build --build-arg TORCH_INDEX= -t reef . && docker run --gpus all reef
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN make test
+RUN make .venv/complete
 CMD ["make", "demo"]

@@ -25,8 +25,9 @@ COLLECTOR = $(if $(filter reef/pointmaze/%,$(ID)),pointmaze,rollouts)
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
+# a file stays in one process, as its runs and datasets are shared by its tests
 test: .venv/complete
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile
 
 demo: .venv/complete
 	@$(MAKE) --no-print-directory dataset ID=reef/pointmaze/umaze-v0
