@@ -53,9 +53,9 @@ def equal(one, other) -> bool:
 
 
 def checkpoint(folder: Path) -> dict:
-    """All but clocks and the history, which has some: evaluations.csv is compared as it is."""
+    """All but clocks and the tables, which have some: evaluations.csv is compared as it is."""
     content = torch.load(folder / "checkpoint.pt", weights_only=True)
-    del content["history"], content["seconds"]
+    del content["metrics"], content["evaluations"], content["seconds"]
     return content
 
 

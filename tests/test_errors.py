@@ -303,7 +303,7 @@ def test_an_unknown_dataset_in_a_process_of_its_own(run_script, tmp_path):
     [
         ("Nowhere-v0", ["cannot make Nowhere-v0", "--environment"]),
         ("MountainCarContinuous-v0", ["sizes (3, 1)", "(2, 1)", "--environment"]),
-        ("CartPole-v1", ["Discrete(2)"]),
+        ("CartPole-v1", ["sizes (3, 1)", "(4, 2)"]),
     ],
 )
 def test_an_environment_that_does_not_fit(call, pendulum, tmp_path, environment, wanted):
@@ -348,7 +348,7 @@ def test_data_that_do_not_fit_into_a_container(scripts, pendulum, tmp_path, monk
     """A container's limit, less what its processes use: files that it caches are not in the way."""
     script, dataset, device = scripts["td3_bc"], minari.load_dataset(pendulum), torch.device("cpu")
     monkeypatch.setattr(script.psutil, "virtual_memory", lambda: SimpleNamespace(available=10 * NEEDED))
-    path = lambda *parts: tmp_path if parts == ("/sys/fs/cgroup",) else Path(*parts)  # noqa: E731
+    path = lambda *parts: tmp_path / "memory.max" if parts == ("/sys/fs/cgroup/memory.max",) else Path(*parts)  # noqa: E731
     monkeypatch.setattr(script, "Path", path)
     script.check_memory(dataset, device)  # no container
     (tmp_path / "memory.stat").write_text("anon 4000\nfile 800000\nkernel 1\n")
@@ -568,7 +568,7 @@ def test_no_flipped_byte_goes_unseen(scripts, finished, pendulum, tmp_path):
     whole = (place(finished, "td3_bc", pendulum) / "checkpoint.pt").read_bytes()
     file.write_bytes(whole)
     kept, errors = script.read_saved(file), []
-    history = repr(kept.pop("history"))  # in which there are nans, equal to nothing
+    evaluations = repr(kept.pop("evaluations"))  # in which there are nans, equal to nothing
     for at in random.Random(0).sample(range(len(whole)), 200):
         file.write_bytes(flip(whole, at))
         try:
@@ -576,7 +576,7 @@ def test_no_flipped_byte_goes_unseen(scripts, finished, pendulum, tmp_path):
         except script.UserError as error:
             errors.append(f"{error}")
         else:
-            assert repr(found.pop("history")) == history
+            assert repr(found.pop("evaluations")) == evaluations
             assert equal(found, kept), at
     assert len(errors) > 20
     assert all(f"cannot read {file}" in error for error in errors)
@@ -588,8 +588,8 @@ def reshape(content: dict) -> None:
 
 
 FOREIGN = {
-    "without state": (lambda content: content.pop("state"), "without state"),
-    "without anything": (lambda content: content.clear(), "without history, rng, seconds, state, updates"),
+    "without state": (lambda content: content.pop("state"), "no state"),
+    "without anything": (lambda content: content.clear(), "no updates and no state and no metrics"),
     "without a weight": (lambda content: content["state"]["actor"].popitem(), "does not fit this script"),
     "another part": (lambda content: content["state"].update(oracle={}), "does not fit this script"),
     "other shapes": (reshape, "does not fit this script"),

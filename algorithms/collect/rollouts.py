@@ -21,7 +21,6 @@ Gymnasium's v5 environments, which are not the v2 of D4RL's time; fewer steps.
 import contextlib
 import dataclasses
 import difflib
-import functools
 import hashlib
 import inspect
 import math
@@ -35,7 +34,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
 from glob import glob
 from importlib.metadata import version
 from pathlib import Path
@@ -397,28 +396,27 @@ class Diverged(UserError):
 
 def parse_config(arguments: list[str]) -> Config:
     """Config from the YAML file of `--config_path`, then from `--field value`: pyrallis reads both."""
-    register, infinity = pyrallis.decode.register, math.inf
+    register = pyrallis.decode.register
     register(int, partial(number, int, 0, 2**32 - 1))
-    register(Count, partial(number, int, 1, infinity))
-    register(float, partial(number, float, -infinity, infinity))
-    register(Size, partial(number, float, 0, infinity))
-    register(Positive, partial(number, float, 1e-6, infinity))
+    register(Count, partial(number, int, 1, math.inf))
+    register(float, partial(number, float, -math.inf, math.inf))
+    register(Size, partial(number, float, 0, math.inf))
+    register(Positive, partial(number, float, 1e-6, math.inf))
     register(Share, partial(number, float, 0, 1))
     register(bool, partial(choice, (True, False)))
     register(Precision, partial(choice, ("highest", "high", "medium")))
     register(WandbMode, partial(choice, ("offline", "online", "disabled")))
     register(str, text)
     register(Config, decode_config)
-    with mock.patch("inspect.getsource", functools.cache(inspect.getsource)):  # pyrallis asks field by field
+    with mock.patch("inspect.getsource", cache(inspect.getsource)):  # pyrallis asks field by field
         parser = pyrallis.argparsing.ArgumentParser(Config, allow_abbrev=False, exit_on_error=False)
     try:
         config, unknown = parser.parse_known_args(arguments)
-        for word in unknown:
-            decode_config({word.lstrip("-").partition("=")[0]: None})
+        decode_config({word.lstrip("-").partition("=")[0]: None for word in unknown})
     except UserError:
         raise
     except Exception as error:  # argparse, yaml and the disk have no error in common
-        raise UserError(f"cannot read the config: {error}; see --help") from None
+        raise UserError(f"cannot read the config, {' '.join(arguments)}: {error}; see --help") from None
     return config
 
 

@@ -25,7 +25,6 @@ import contextlib
 import copy
 import dataclasses
 import difflib
-import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -33,16 +32,14 @@ import io
 import json
 import math
 import os
-import platform
-import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import NewType
 from unittest import mock
@@ -246,14 +243,14 @@ def train(config: Config) -> None:
 
     device = set_up_torch(config)
     evaluated, explored = (make_simulators(config.environment, count) for count in (10, config.environments))
-    obs_dim, space = flat_dim(explored.single_observation_space), explored.single_action_space
+    obs_dim, space = gym.spaces.flatdim(explored.single_observation_space), explored.single_action_space
     scaler = Scaler(np.zeros(obs_dim), np.ones(obs_dim), space.low, space.high).to(device)
     buffer = ReplayBuffer(config.buffer_size, obs_dim, len(space.low), device)
 
     learner = SAC(config, scaler)
     compiled = config.compile and compile_methods(learner, "critic_loss", "actor_loss")
     with run.start(learner, dataset_hash=None, compiled=compiled, **provenance(device)):
-        earlier, resumed = count_steps(config, run.history["metrics"], learner.updates)
+        earlier, resumed = count_steps(config, [*run.metrics.values()], learner.updates)
         explorer = Explorer(explored, learner, buffer, (config.seed, resumed, 2))  # 0 and 1: evaluations
         rungs = read_ladder(run.folder / "ladder", learner.updates)
         if resumed and learner.updates < config.updates:
@@ -272,7 +269,7 @@ def train(config: Config) -> None:
                 run.log(update, counts | metrics)
             if run.is_due(update, config.eval_every):
                 table = evaluate(learner.explore, evaluated, config.eval_episodes, (config.seed, update, 0))
-                means = [row.get("eval/return_mean", -math.inf) for row in run.history["metrics"]]
+                means = [row.get("eval/return_mean", -math.inf) for row in run.metrics.values()]
                 if all(table["return"].mean() > mean for mean in means):  # a record, so a rung
                     tensors = {key: value.half().cpu() for key, value in learner.actor.state_dict().items()}
                     (run.folder / "ladder").mkdir(exist_ok=True)
@@ -330,9 +327,9 @@ def make_simulators(name: str, count: int) -> gym.vector.VectorEnv:
     except Exception as error:  # environments raise whatever they like
         raise UserError(f"environment: cannot make {name}: {error!r:.200}") from None
     space = simulators.single_action_space
-    flat_dim(simulators.single_observation_space)
-    flat_dim(space)
-    if not isinstance(space, gym.spaces.Box) or not np.isfinite([space.low, space.high]).all():
+    vector_shapes(simulators.single_observation_space)
+    vector_shapes(space)
+    if not np.isfinite([space.low, space.high]).all():
         raise UserError(f"environment: the actions of {name} are no vectors with bounds: {space}")
     return simulators
 
@@ -419,10 +416,8 @@ def set_up_torch(config: Config) -> torch.device:
     torch.set_float32_matmul_precision(config.precision)
     torch.set_flush_denormal(True)  # Adam's moments of idle weights end in denormals: slow to compute with
     auto = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with explain(f"device: cannot use {config.device}", "see --device"):
         return torch.zeros(1, device=auto if config.device == "auto" else config.device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: cannot use {config.device}: {error!r:.100}") from None
 
 
 def compile_methods(learner, *names: str) -> bool:
@@ -449,12 +444,12 @@ def flatten(tree) -> np.ndarray:
     return np.concatenate([np.asarray(leaf, np.float32) for leaf in leaves(tree)], axis=-1)
 
 
-def flat_dim(space: gym.Space) -> int:
-    """Length of the vector that `flatten` makes of an element of `space`."""
+def vector_shapes(space: gym.Space) -> list[tuple]:
+    """Shapes of the vectors that an element of `space` consists of."""
     for leaf in leaves(space):
         if not isinstance(leaf, gym.spaces.Box) or len(leaf.shape) != 1:
             raise UserError(f"this script is not for {leaf}: it takes vectors (Box)")
-    return sum(leaf.shape[0] for leaf in leaves(space))
+    return [leaf.shape for leaf in leaves(space)]
 
 
 class Scaler(nn.Module):
@@ -523,17 +518,23 @@ class Run:
             raise UserError(f"{self.group} would lead out of its folder: mend the variant or the dataset")
         self.folder = Path(config.output_dir, script.parent.name, self.group, f"seed-{config.seed}")
         self.lock = filelock.FileLock(self.folder / "lock", timeout=0)
-        self.info, self.history = {}, {"metrics": [], "evaluations": []}
+        self.metrics, self.evaluations = {}, []  # rows of the CSV files, those of metrics by their update
         self.wandb, self.interrupted = None, False
-        if (self.folder / "run.json").exists():
-            self.info = read_saved(self.folder / "run.json")
-            old, new = self.info["config"], dataclasses.asdict(config)
-            changed = [name for name in new if name not in self.FREE and old.get(name) != new[name]]
-            if changed:
-                fields = ", ".join(f"{name} {old.get(name)} -> {new[name]}" for name in changed)
-                raise UserError(f"{self.folder} is a run of another config: {fields}; take another --variant")
-            if self.info["status"] == "diverged":
-                raise Diverged(f"{self.folder} has {self.info['result']}, under another --variant")
+        self.info = self.read_info()
+
+    def read_info(self) -> dict:
+        """run.json of earlier starts, if this run may go on from them; empty before the first."""
+        if not (self.folder / "run.json").exists():
+            return {}
+        info, new = read_saved(self.folder / "run.json"), dataclasses.asdict(self.config)
+        old = info["config"]
+        changed = [name for name in new if name not in self.FREE and old.get(name) != new[name]]
+        if changed:
+            fields = ", ".join(f"{name} {old.get(name)} -> {new[name]}" for name in changed)
+            raise UserError(f"{self.folder} is a run of another config: {fields}; take another --variant")
+        if info["status"] == "diverged":
+            raise Diverged(f"{self.folder} has {info['result']}, under another --variant")
+        return info
 
     @contextlib.contextmanager
     def start(self, learner, **facts):
@@ -542,17 +543,17 @@ class Run:
             self.lock.acquire()
         except filelock.Timeout:
             raise UserError(f"another process is at work in {self.folder}") from None
-        seconds = 0.0
+        self.info, seconds = self.read_info(), 0.0
         if (self.folder / "checkpoint.pt").exists():
             checkpoint = read_saved(self.folder / "checkpoint.pt")
             restore(learner, checkpoint)
-            self.history, seconds = checkpoint["history"], checkpoint["seconds"]
-            torch.set_rng_state(checkpoint["rng"]["cpu"])
-            torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
+            self.metrics, self.evaluations = checkpoint["metrics"], checkpoint["evaluations"]
+            seconds = checkpoint["seconds"]
+            torch.set_rng_state(checkpoint["rng"])
+            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
             print(f"resumed at update {learner.updates:,}")
-            for key, value in facts.items():
-                if self.info.get(key) != value:
-                    print(f"resumed with {key} {value}, begun with {self.info.get(key)}: maybe other bits")
+            for key in [key for key in facts if self.info.get(key) != facts[key]]:
+                print(f"resumed with {key} {facts[key]}, begun with {self.info.get(key)}: maybe other bits")
             commits = [*self.info.get("commit", "").split(), facts["commit"]]
             facts["commit"] = " ".join(dict.fromkeys(commits))  # every one that took part
         self.saved = self.printed = self.mark = time.perf_counter()
@@ -561,15 +562,13 @@ class Run:
         identity = json.dumps({name: value for name, value in config.items() if name not in self.FREE})
         facts["config_hash"] = hashlib.sha256(identity.encode()).hexdigest()
         self.write("config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
-        self.note(status="running", config=config, **facts)
-        for name in self.history:
-            self.record(name, [])
+        self.note(status="running", result="not finished", config=config, **facts)
+        self.write_tables()
         handler = signal.signal(signal.SIGINT, self.interrupt)
         try:
             yield
         except Exception as error:  # after Ctrl-C the status is still running
-            status = "diverged" if isinstance(error, Diverged) else "failed"
-            self.note(status=status, result=f"{error}"[:300])
+            self.note(status="diverged" if isinstance(error, Diverged) else "failed", result=f"{error}"[:300])
             raise
         finally:
             signal.signal(signal.SIGINT, handler)
@@ -577,6 +576,7 @@ class Run:
 
     def interrupt(self, *_) -> None:
         """Ctrl-C: the run ends when the update under way is done and saved; a second one ends it at once."""
+        print("\nends after the update under way, which is saved", flush=True)
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -595,55 +595,51 @@ class Run:
         self.info |= info
         self.write("run.json", json.dumps(self.info, indent=1).encode())
 
-    def record(self, name: str, rows: list[dict]) -> None:
-        """Adds rows to metrics.csv or evaluations.csv; of one update there is one row of metrics."""
-        history = self.history[name]
-        for row in rows:
-            if name == "metrics" and history and history[-1]["update"] == row["update"]:
-                row = history.pop() | row
-            history.append(row)
-        table = pd.DataFrame(history, columns=None if history else ["update"])
-        self.write(f"{name}.csv", table.to_csv(index=False).encode())
+    def write_tables(self) -> None:
+        """metrics.csv, a row an update, and evaluations.csv, a row an episode."""
+        for name, rows in {"metrics": [*self.metrics.values()], "evaluations": self.evaluations}.items():
+            table = pd.DataFrame(rows, columns=None if rows else ["update"])
+            self.write(f"{name}.csv", table.to_csv(index=False).encode())
 
     def is_due(self, update: int, every: int) -> bool:
         return update % every == 0 or update == self.config.updates
 
     def log(self, update: int, metrics: Mapping[str, Tensor | float]) -> None:
-        """Metrics of training at this update; where one is not finite, the run ends."""
-        row = {name: float(value) for name, value in metrics.items()}
+        """More of this update's row in metrics.csv; where a value is not finite, the run ends."""
+        row = {"update": update, **{name: float(value) for name, value in metrics.items()}}
         lost = ", ".join(name for name, value in row.items() if not math.isfinite(value))
         if lost:
             raise Diverged(f"diverged by update {update}: {lost} not finite; lower a learning rate")
         now = time.perf_counter()
-        if not sys.stderr.isatty() and now - self.printed > 60:  # there is no progress bar
+        if now - self.printed > 60 and not sys.stderr.isatty():  # there is no progress bar
             print(f"update {update:,} of {self.config.updates:,}", flush=True)
             self.printed = now
-        self.log_row(update, row | {"time/updates_per_second": (update - self.marked) / (now - self.mark)})
+        if update > self.marked:  # evaluations do not count
+            row["time/updates_per_second"] = (update - self.marked) / (now - self.mark)
+        row["time/wall_seconds"] = now - self.began
+        self.metrics[update] = self.metrics.get(update, {}) | row
+        self.write_tables()
+        self.mirror(row)
+        self.mark, self.marked = time.perf_counter(), update
 
     def log_episodes(self, update: int, phase: str, episodes: pd.DataFrame, references: tuple) -> None:
         """An evaluation; `references` are the returns that score 0 and 100, None where unknown."""
         table = episodes.reset_index(names="episode").assign(update=update, phase=phase)
-        self.record("evaluations", table[["update", "phase", "episode", *episodes]].to_dict("records"))
-        (low, high), means = references, episodes.mean().add_suffix("_mean")
-        result = {"score": math.nan, **means, "return_std": episodes["return"].std(ddof=0)}
-        result["success"] = result.pop("success_mean")
+        self.evaluations += table[["update", "phase", "episode", *episodes]].to_dict("records")
+        (low, high), mean = references, episodes.mean().tolist()
+        result = {"score": math.nan, "return_mean": mean[0], "return_std": episodes["return"].std(ddof=0)}
         if None not in references:
-            result["score"] = 100 * (result["return_mean"] - low) / (high - low)
-        result = {name: float(value) for name, value in result.items()}
-        shown = ", ".join(f"{name} {value:.2f}" for name, value in result.items() if not math.isnan(value))
+            result["score"] = 100 * (mean[0] - low) / (high - low)
+        result |= {"length_mean": mean[1], "success": mean[2]}
+        known = {name: float(value) for name, value in result.items() if not math.isnan(value)}
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in known.items())
         tqdm.write(f"update {update:,}, {phase} evaluation: {shown}")
         if phase == "final":
-            self.info |= result
-            self.mirror({"update": update, **{f"final/{name}": value for name, value in result.items()}})
+            self.info |= dict.fromkeys(result) | known  # null where unknown
+            self.write_tables()
+            self.mirror({"update": update, **{f"final/{name}": value for name, value in known.items()}})
         else:
-            self.log_row(update, {f"eval/{name}": value for name, value in result.items()})
-
-    def log_row(self, update: int, row: dict[str, float]) -> None:
-        """A row of metrics.csv, or more of its last; the clock of updates per second starts again."""
-        self.mark, self.marked = time.perf_counter(), update
-        row = {"update": update, **row, "time/wall_seconds": self.mark - self.began}
-        self.record("metrics", [row])
-        self.mirror(row)
+            self.log(update, {f"eval/{name}": value for name, value in known.items()})
 
     def mirror(self, row: dict) -> None:
         """To wandb, which is no record: where it fails, the run goes on without it."""
@@ -653,7 +649,7 @@ class Run:
             import wandb  # takes seconds
 
             if self.wandb is None:
-                self.note(wandb_id=self.info.get("wandb_id", secrets.token_hex(4)))
+                self.note(wandb_id=self.info.get("wandb_id", os.urandom(4).hex()))
                 self.wandb = wandb.init(
                     project=self.config.wandb_project, group=self.group, name=f"seed-{self.config.seed}",
                     config=self.info["config"], mode=self.config.wandb_mode, dir=self.folder,
@@ -678,61 +674,49 @@ class Run:
         if not all(leaf.isfinite().all() for leaf in leaves(state) if isinstance(leaf, Tensor)):
             raise Diverged("diverged: weights not finite; lower a learning rate")
         self.saved = time.perf_counter()
-        checkpoint = {
-            "updates": learner.updates,
-            "state": state,
-            "history": self.history,
-            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
-            "seconds": self.saved - self.began,
-        }
+        rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        tables = {"metrics": self.metrics, "evaluations": self.evaluations}
+        checkpoint = {"updates": learner.updates, "state": state, "seconds": self.saved - self.began}
         buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
+        torch.save(checkpoint | rng | tables, buffer)
         self.write("checkpoint.pt", buffer.getvalue())
 
     def finish(self) -> None:
-        """Notes what the run came to: the final evaluation, or the last losses where there was none."""
-        table, info = pd.DataFrame(self.history["metrics"]), self.info
-        info["wall_seconds"] = time.perf_counter() - self.began
-        info["updates_per_second"] = table["time/updates_per_second"].median()
-        result = "not evaluated"
-        if "return_mean" in info:
-            kind = "return_mean" if math.isnan(info["score"]) else "score"
+        """Notes what the run came to: its final evaluation, if there was one, and the best on the way."""
+        table, result = pd.DataFrame(self.metrics.values()), "not evaluated"
+        if "score" in self.info:
+            kind = "return_mean" if self.info["score"] is None else "score"
             best = table[f"eval/{kind}"].max()
-            result = f"{kind} {info[kind]:.1f} (best on the way, chosen with the simulator: {best:.1f})"
-            info["best_score"] = table["eval/score"].max()
-        for name, value in info.items():
-            if isinstance(value, float) and math.isnan(value):  # which JSON does not have
-                info[name] = None
-        self.note(status="finished", result=result)
+            self.info["best_score"] = best if kind == "score" else None
+            result = f"{kind} {self.info[kind]:.1f} (best on the way, chosen with the simulator: {best:.1f})"
+        speed, seconds = table["time/updates_per_second"].median(), time.perf_counter() - self.began
+        self.note(status="finished", result=result, wall_seconds=seconds, updates_per_second=speed)
         print(f"{self.folder}: {result}")
 
 
 def read_saved(file: Path) -> dict:
     """run.json or checkpoint.pt of a run; an error where it is damaged."""
-    try:
+    with explain(f"cannot read {file}", f"remove {file.parent} to start anew"):
         if file.suffix == ".json":
-            saved, keys = json.loads(file.read_text()), {"config", "status"}
+            saved, kinds = json.loads(file.read_text()), {"config": dict, "status": str, "result": str}
         else:
             damaged = zipfile.ZipFile(file).testzip()  # torch.load does not look at the sums
             if damaged:
                 raise ValueError(f"{damaged} is damaged")
             saved = torch.load(file, map_location="cpu", weights_only=True)
-            keys = {"updates", "state", "history", "rng", "seconds"}
-        if not keys <= saved.keys():
-            raise ValueError(f"without {', '.join(sorted(keys - saved.keys()))}")
-        return saved
-    except Exception as error:  # json, zipfile, pickle and torch raise whatever they like
-        raise UserError(f"cannot read {file}: {error!r:.150}; remove {file.parent} to start anew") from None
+            kinds = {"updates": int, "state": dict, "metrics": dict, "evaluations": list, "seconds": float}
+        wrong = [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]
+        if wrong:
+            raise ValueError(f"no {' and no '.join(wrong)}")
+    return saved
 
 
 def restore(learner, checkpoint: dict) -> None:
     """Puts the states of a checkpoint into the parts of `learner` that they are named for."""
-    try:
+    with explain("the checkpoint does not fit this script", "take the commit that run.json names"):
         for name, state in checkpoint["state"].items():
             vars(learner)[name].load_state_dict(state)
         learner.updates = checkpoint["updates"]
-    except Exception as error:  # names and shapes of other code
-        raise UserError(f"the checkpoint does not fit this script: {error!r:.200}") from None
 
 
 def provenance(device: torch.device) -> dict:
@@ -743,10 +727,11 @@ def provenance(device: torch.device) -> dict:
         found = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False)
         commit = found.stdout.strip()
     names = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
-    installed = [(found.name, found.version) for found in importlib.metadata.distributions()]
-    versions = {"python": platform.python_version()} | {name: it for name, it in installed if name in names}
+    installed = {found.name: found.version for found in importlib.metadata.distributions()}
+    versions = {"python": sys.version.partition(" ")[0]}
+    versions |= {name: installed[name] for name in names if name in installed}
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    hardware = cpuinfo.partition("model name\t: ")[2].partition("\n")[0] or platform.processor()
+    hardware = cpuinfo.partition("model name\t: ")[2].partition("\n")[0]
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     hardware = f"{device.type}: {hardware}"
@@ -764,30 +749,38 @@ class Diverged(UserError):
     """A loss or weight that is not finite any more."""
 
 
+@contextlib.contextmanager
+def explain(problem: str, advice: str) -> Iterator[None]:
+    """Whatever is raised inside becomes an error of one line: the problem, what was raised, what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{problem}: {error!r:.200}; {advice}") from None
+
+
 def parse_config(arguments: list[str]) -> Config:
     """Config from the YAML file of `--config_path`, then from `--field value`: pyrallis reads both."""
-    register, infinity = pyrallis.decode.register, math.inf
+    register = pyrallis.decode.register
     register(int, partial(number, int, 0, 2**32 - 1))
-    register(Count, partial(number, int, 1, infinity))
-    register(float, partial(number, float, -infinity, infinity))
-    register(Size, partial(number, float, 0, infinity))
-    register(Positive, partial(number, float, 1e-6, infinity))
+    register(Count, partial(number, int, 1, math.inf))
+    register(float, partial(number, float, -math.inf, math.inf))
+    register(Size, partial(number, float, 0, math.inf))
+    register(Positive, partial(number, float, 1e-6, math.inf))
     register(Share, partial(number, float, 0, 1))
     register(bool, partial(choice, (True, False)))
     register(Precision, partial(choice, ("highest", "high", "medium")))
     register(WandbMode, partial(choice, ("offline", "online", "disabled")))
     register(str, text)
     register(Config, decode_config)
-    with mock.patch("inspect.getsource", functools.cache(inspect.getsource)):  # pyrallis asks field by field
+    with mock.patch("inspect.getsource", cache(inspect.getsource)):  # pyrallis asks field by field
         parser = pyrallis.argparsing.ArgumentParser(Config, allow_abbrev=False, exit_on_error=False)
     try:
         config, unknown = parser.parse_known_args(arguments)
-        for word in unknown:
-            decode_config({word.lstrip("-").partition("=")[0]: None})
+        decode_config({word.lstrip("-").partition("=")[0]: None for word in unknown})
     except UserError:
         raise
     except Exception as error:  # argparse, yaml and the disk have no error in common
-        raise UserError(f"cannot read the config: {error}; see --help") from None
+        raise UserError(f"cannot read the config, {' '.join(arguments)}: {error}; see --help") from None
     return config
 
 
