@@ -12,10 +12,10 @@ the steps. Which of them do decides what can be learnt from the data:
 
   (1)  a = tanh(mu(s) + sigma(s) eps),  eps ~ N(0, I), stretched from [-1, 1] to the bounds of actions
 
-The data are the same on any x86-64 machine with FMA (processors since 2013): networks round differently on
+The data are the same on any x86-64 machine with FMA (processors since 2013). Networks round differently on
 different processors, and a simulator lets such differences grow along an episode. So policies act in double
-precision, and the simulator gets and the dataset records six decimals of an action, which those differences do
-not reach. Without FMA, or on another architecture, the simulator's own sines and cosines differ.
+precision, and the simulator gets, and the dataset records, six decimals of an action, which those differences
+do not reach. Without FMA or on another architecture the simulator's own sines and cosines differ.
 
 Differences from D4RL: medium-replay is the learner's own buffer there, here its policies act once more;
 Gymnasium's v5 environments, which are not the v2 of D4RL's time; fewer steps.
