@@ -1,6 +1,6 @@
 ## make test             make .venv and run the whole test suite
 ## make demo             make .venv and a dataset, train BC and TD3+BC on it, print their scores and draw them
-## make dataset ID=...   make a local dataset, e.g. ID=reef/pointmaze/umaze-v0 or ID=reef/hopper/medium-v0
+## make dataset ID=...   make a local dataset, e.g. ID=reef/pointmaze/umaze-v0 or ID=reef/hopper/medium-v1
 ## make datasets         make all local datasets that are not there yet, and name those that cannot be made
 ## make bench            updates per second of every script
 ## make scores           gather finished runs into results/scores/*.csv
@@ -57,7 +57,7 @@ report: .venv/complete
 	$(RUN) results/report.py
 
 benchmark-quick: .venv/complete
-	@for id in reef/pointmaze/umaze-v0 reef/pointmaze/medium-v0 reef/hopper/medium-replay-v0; do \
+	@for id in reef/pointmaze/umaze-v0 reef/pointmaze/medium-v0 reef/hopper/medium-replay-v1; do \
 		$(MAKE) --no-print-directory dataset ID=$$id || exit 1; \
 	done
 	$(RUN) results/benchmark.py configs/benchmark/quick.yaml

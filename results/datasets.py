@@ -213,14 +213,18 @@ def score(returns, limits: tuple[float, float]):
 
 
 def machine(known: Mapping) -> dict[str, str]:
-    """What the data's last digits depend on: CPU and packages here, and the packages that made the data."""
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = cpuinfo.partition("model name\t: ")[2].partition("\n")[0] or platform.processor()
+    """What the data's last digits depend on: processor and packages here, and packages at their making.
+
+    Of a processor its kind: the sines of a simulator are the C library's, which has other code for FMA.
+    """
+    processor, cpuinfo = platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.exists() and re.search(r"^flags\b.* fma\b", cpuinfo.read_text(), re.MULTILINE):
+        processor += " with FMA"
     here = {package.name: package.version for package in distributions() if package.name in PACKAGES}
     versions = {"Versions here": {"python": platform.python_version(), **here}}
     versions |= {"Versions at its making": known["versions"]} if "versions" in known else {}
     texts = {name: ", ".join(map(" ".join, sorted(entry.items()))) for name, entry in versions.items()}
-    return {"CPU here": " ".join(cpu.split()), **texts}
+    return {"Processor here": processor, **texts}
 
 
 # ----------------------------------------------- The tables -----------------------------------------------
@@ -461,6 +465,8 @@ def make_card(dataset: minari.MinariDataset, folder: Path) -> bool:
     note = {None: "none recorded", data.digest: "as recorded"}.get(recorded, f"NOT AS RECORDED: {recorded}")
     facts, spread = summarise(data, actions, limits), statistics(data, limits).map(show)
     origin = {"Environment": environment, **describe(dataset), "sha256": f"{data.digest} ({note})"}
+    if "recipe" in known:
+        origin["Made again"] = "the same on any machine with such a processor and the versions at its making"
     sources = [[name, show(value), source] for name, (value, source) in reference.items()]
     shares = actions[["clipped", "saturated", "at low", "at high"]]
     shares = shares.map(lambda value: "" if math.isnan(value) else f"{value:.2%}")
@@ -508,7 +514,7 @@ def check_card(dataset_id: str, card: Path) -> bool:
         return True
     dataset = load_dataset(dataset_id)
     now = machine(dataset.storage.metadata)
-    for name in ("CPU here", "Versions here", "Versions at its making"):
+    for name in ("Processor here", "Versions here", "Versions at its making"):
         if said.get(name) != now.get(name):
             print(f"{dataset_id}: skipped, {name}: {now.get(name)}; in its card: {said.get(name)}")
             return True

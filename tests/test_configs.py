@@ -23,7 +23,7 @@ MAZES = [f"reef/pointmaze/{size}{form}-v0" for size in SIZES for form in ("", "-
 MAZES.append("reef/pointmaze/large-stitch-v0")
 LEVELS = ("random", "medium", "medium-replay", "medium-expert", "expert", "expert-narrow")
 BODIES = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
-WALKERS = [f"reef/{body}/{level}-v0" for body in BODIES for level in LEVELS]
+WALKERS = [f"reef/{body}/{level}-v1" for body in BODIES for level in LEVELS]
 MAX_LINES = 8
 
 
@@ -137,8 +137,8 @@ def test_recipes_of_walkers_take_their_own_environment_and_policies():
     policies = {"medium-replay": "replay-*", "medium-expert": "medium expert", "expert-narrow": "expert"}
     faults = []
     for dataset in WALKERS:
-        _, body, level = dataset.removesuffix("-v0").split("/")
-        file = f"configs/collect/{body}/{level}-v0.yaml"
+        _, body, level = dataset.removesuffix("-v1").split("/")
+        file = f"configs/collect/{body}/{level}-v1.yaml"
         config = script_of(file).parse_config(["--config_path", str(ROOT / file)])
         wanted = {"environment": BODIES[body], "policies": policies.get(level, level)}
         wanted |= {"steps": 200_000, "seed": 0, "episodes": 10 if level == "expert-narrow" else 0}

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import platform
 import re
 import shutil
 import subprocess
@@ -375,6 +376,8 @@ def test_mazes(goals, root, script, tmp_path, capsys, monkeypatch):
     assert card["ref_min"][1] == "the dataset's metadata: random, mean of 2 episodes"
     assert card["ref_max"][1] == "the dataset's metadata: planner, mean of 2 episodes"
     assert "mujoco" in card["Versions at its making"][0]
+    assert card["Processor here"][0].startswith(platform.machine())
+    assert "any machine" in card["Made again"][0]
     assert card["sha256"][0].endswith("(as recorded)")
     words = (tmp_path / f"cards/{ID}.md").read_text()
     assert "\n\nA planner with Gaussian noise" in words
@@ -415,7 +418,7 @@ def test_check(store, root, call, tmp_path):
 
 
 @QUICK
-@pytest.mark.parametrize("row", ["CPU here", "Versions here", "Versions at its making"])
+@pytest.mark.parametrize("row", ["Processor here", "Versions here", "Versions at its making"])
 def test_check_skips_what_other_machines_made(row, store, call, tmp_path, root):
     """The data differ from the card's; told from nothing but the row is that this means nothing."""
     store([walk(20)]).storage.update_metadata({"versions": {"mujoco": "3.3.7"}})

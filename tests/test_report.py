@@ -375,8 +375,8 @@ def test_mixed_cells_say_so_and_are_not_compared(root, record, fields, note, wit
 
 def test_suites(record):
     datasets = [
-        "reef/hopper/medium-v0",
-        "reef/walker2d/expert-v0",
+        "reef/hopper/medium-v1",
+        "reef/walker2d/expert-v1",
         "D4RL/pen/human-v2",
         "D4RL/pointmaze/umaze-v2",
         "mine/logs-v0",
@@ -399,7 +399,7 @@ def test_suites(record):
 
 def test_the_readme_claims_what_the_intervals_support(root, record, without_figures):
     rows = runs(CLEAR | {"awac": [[3, 2, 1], [5, 6, 4], [8, 9, 7]]})
-    record(rows + runs({"bc": [[1, 2, 3]]}, ["reef/hopper/medium-v0"]))
+    record(rows + runs({"bc": [[1, 2, 3]]}, ["reef/hopper/medium-v1"]))
     assert report.main([]) == 0
     text = (root / "README.md").read_text()
     block = text.partition("<!-- report:begin -->\n")[2].partition("<!-- report:end -->")[0]
@@ -830,7 +830,7 @@ def test_no_disk_is_one_line(root, monkeypatch, capsys, without_figures):
 
 def test_many_learners_in_a_process_of_its_own(tmp_path):
     root, rng = make_root(tmp_path), np.random.default_rng(0)
-    pairs = itertools.product("abcdefghij", ["reef/hopper/medium-v0", "mine/logs-v0"], range(3))
+    pairs = itertools.product("abcdefghij", ["reef/hopper/medium-v1", "mine/logs-v0"], range(3))
     rows = [row for name, dataset, seed in pairs
             for row in run(name, dataset, seed, rng.normal(50, 20), curve=rng.normal(50, 20, 5))]
     write(root / "results/scores", rows)

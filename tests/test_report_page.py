@@ -13,7 +13,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 from test_report import MAZES, README, RECORD, make_root, report, run, runs, write
 
-WALKER = "reef/hopper/medium-v0"
+WALKER = "reef/hopper/medium-v1"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ODD = "Mine/<b>&'</script>-v0"
 SIDE = {"desk": (1280, 900, False), "phone": (400, 800, True)}  # width, height in pixels; is it a phone?

@@ -12,10 +12,15 @@ the steps. Which of them do decides what can be learnt from the data:
 
   (1)  a = tanh(mu(s) + sigma(s) eps),  eps ~ N(0, I), stretched from [-1, 1] to the bounds of actions
 
+The data are the same on any x86-64 machine with FMA (processors since 2013). Networks round differently on
+different processors, and a simulator lets such differences grow along an episode. So policies act in double
+precision, and the simulator gets, and the dataset records, six decimals of an action, which those differences
+do not reach. Without FMA or on another architecture the simulator's own sines and cosines differ.
+
 Differences from D4RL: medium-replay is the learner's own buffer there, here its policies act once more;
 Gymnasium's v5 environments, which are not the v2 of D4RL's time; fewer steps.
 
-  python algorithms/collect/rollouts.py --config_path configs/collect/hopper/medium-v0.yaml
+  python algorithms/collect/rollouts.py --config_path configs/collect/hopper/medium-v1.yaml
 """
 
 import contextlib
@@ -59,6 +64,7 @@ REFERENCES = {  # D4RL's returns of a random policy and of an expert, from its d
     "HalfCheetah-v5": (-280.178953, 12135.0),
     "Walker2d-v5": (1.629008, 4592.3),
 }
+DECIMALS = 6  # of actions: far coarser than double precision, far finer than the policies' noise
 
 Count = NewType("Count", int)  # at least 1
 Size = NewType("Size", float)  # at least 0
@@ -72,7 +78,7 @@ WandbMode = NewType("WandbMode", str)
 class Config:
     """Episodes of stored policies."""
 
-    dataset: str = "reef/hopper/medium-v0"  # Minari id of the dataset to write
+    dataset: str = "reef/hopper/medium-v1"  # Minari id of the dataset to write
     environment: str = "Hopper-v5"  # Gymnasium id
     folder: str = "results/behavior/hopper"  # where the policies are, each in <name>.safetensors
     policies: str = "medium"  # names, or patterns such as replay-*; random: uniformly random actions
@@ -116,12 +122,12 @@ class TanhGaussianActor(nn.Module):
 
 
 def load_actor(file: Path, env: gym.Env) -> TanhGaussianActor:
-    """The stored actor, in single precision; its sizes follow from its tensors."""
+    """The stored actor, in double precision; its sizes follow from its tensors."""
     try:
         tensors = safetensors.torch.load_file(file)
         hidden_dim, hidden_layers = len(tensors["net.0.bias"]), len(tensors) // 2 - 1
         (obs_dim,), (act_dim,) = env.observation_space.shape, env.action_space.shape
-        actor = TanhGaussianActor(obs_dim, act_dim, hidden_dim, hidden_layers)
+        actor = TanhGaussianActor(obs_dim, act_dim, hidden_dim, hidden_layers).double()
         actor.load_state_dict(tensors)
     except Exception as error:  # it may be no such file, or have other names or shapes
         raise UserError(f"{file} is no actor for {env.spec.id}: {error!r:.300}") from None
@@ -181,7 +187,8 @@ def play(
         observations, actions, rewards, terminated, truncated = [observation], [], [], False, False
         while not (terminated or truncated):
             action = draw(actor, observation, rng) if actor else rng.uniform(-1, 1, low.shape)
-            action = (low + (action + 1) / 2 * (high - low)).clip(low, high).astype(np.float32)
+            action = low + (action + 1) / 2 * (high - low)
+            action = action.round(DECIMALS).astype(np.float32).clip(low, high)  # as it is recorded
             observation, reward, terminated, truncated, _ = env.step(action)
             observations.append(observation)
             actions.append(action)
@@ -194,8 +201,8 @@ def play(
 @torch.inference_mode()
 def draw(actor: TanhGaussianActor, observation: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Action [act_dim] in [-1, 1] from the policy at an observation [obs_dim]."""
-    mean, log_std = actor(torch.as_tensor(observation, dtype=torch.float32))
-    noise = torch.from_numpy(rng.standard_normal(len(mean), np.float32))
+    mean, log_std = actor(torch.as_tensor(observation, dtype=torch.float64))
+    noise = torch.from_numpy(rng.standard_normal(len(mean)))
     return torch.tanh(mean + log_std.exp() * noise).numpy()  # (1)
 
 

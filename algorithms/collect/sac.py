@@ -13,10 +13,10 @@ actor's weights in half precision. Evaluations sample from the policy, as collec
 Differences from the paper: an update follows a step in each of several environments, where the paper takes
 one step in one; critics learn faster than the actor.
 
-The same seed gives the same bits, unless the run was resumed: a checkpoint holds no replay buffer, and a
-resumed run first fills a new one with refill_steps of the ladder's policies and its own. metrics.csv counts
-all steps that went into a buffer (but those that a killed process made after its last checkpoint), and how
-often the run was resumed.
+The same seed gives the same bits on the same machine, unless the run was resumed: a checkpoint holds no
+replay buffer, and a resumed run first fills a new one with refill_steps of the ladder's policies and its own.
+metrics.csv counts all steps that went into a buffer (but those that a killed process made after its last
+checkpoint), and how often the run was resumed.
 
   python algorithms/collect/sac.py --config_path configs/collect/sac/hopper.yaml
 """
