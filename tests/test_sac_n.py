@@ -292,11 +292,11 @@ def test_the_mean_acts(rows):
     assert_acts(learner, rows, lambda observations: policy(weights(learner.actor), observations)[:, :ACT])
 
 
-# ------------------------------------- what the docstring says, settings -------------------------------------
+# -------------------------------- what the docstring says, settings --------------------------------
 
 
 def assert_first_weights_are_torchs(script) -> None:
-    """None of the authors': biases of 0.1 in hidden layers, last layers within 1e-3 (actor), 3e-3 (critics)."""
+    """And not its authors': biases of 0.1 in hidden layers, last layers within 1e-3 (actor) or 3e-3."""
     torch.manual_seed(0)
     learner = new_learner(script, script.Config(), OBS, ACT)
     for last in (learner.actor.net[-1], learner.critic.layers[-1]):

@@ -168,10 +168,11 @@ class EDAC:
         for layer in hidden:
             x = torch.relu(layer(x))
             active.append(x > 0)
-        slopes = last.weight.mT  # [N, 1, hidden_dim]: of Q_i by the outputs of the last hidden layer
+        slopes = last.weight  # [N, hidden_dim, 1]: of Q_i by the outputs of the last hidden layer
+        # the weights stand on the left, so that their gradients lie in memory as they do: fused Adam needs it
         for layer, mask in zip(reversed(hidden), reversed(active)):
-            slopes = torch.bmm(slopes * mask, layer.weight.mT)  # [N, B, ...]: by the inputs of this layer
-        return slopes[..., -actions.shape[-1] :]
+            slopes = torch.bmm(layer.weight, slopes * mask.mT)  # [N, ..., B]: by the inputs of this layer
+        return slopes[:, -actions.shape[-1] :].mT
 
     @torch.inference_mode()
     def act(self, observations) -> np.ndarray:
