@@ -5,8 +5,8 @@ gradients of their values by the action away from each other: then ten to fifty 
 
   (1)  L_alpha = log alpha (H + |A|),  H = -mean log pi(a|s),  a ~ pi(s)         |A|: entries of an action
   (2)  L_pi = mean (alpha log pi(a|s) - min_i Q_i(s, a)),  a ~ pi(s)             after (1)
-  (3)  y = r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a'|s')),  a' ~ pi(s')     after (2)
-  (4)  L_Q = sum_i mean (Q_i(s, a) - y)^2 + eta D                                d: terminated, not truncated
+  (3)  y = r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a'|s')),  a' ~ pi(s')      d: not a truncation
+  (4)  L_Q = sum_i mean (Q_i(s, a) - y)^2 + eta D                                after (2)
   (5)  Q' <- Q' + tau (Q - Q')
   (6)  D = mean sum_{i != j} <g_i, g_j> / (N - 1),  g_i = dQ_i/da / |dQ_i/da|    at (s, a) of the data
 

@@ -6,8 +6,8 @@ critics and a tenth of the updates are enough.
 
   (1)  L_alpha = log alpha (H + |A|),  H = -mean log pi(a|s),  a ~ pi(s)         |A|: entries of an action
   (2)  L_pi = mean (alpha log pi(a|s) - min_i Q_i(s, a)),  a ~ pi(s)             after (1)
-  (3)  y = r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a'|s')),  a' ~ pi(s')     after (2)
-  (4)  L_Q = mean_i mean (Q_i(s, a) - y)^2                                       d: terminated, not truncated
+  (3)  y = r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a'|s')),  a' ~ pi(s')      d: not a truncation
+  (4)  L_Q = mean_i mean (Q_i(s, a) - y)^2                                       after (2)
   (5)  Q' <- Q' + tau (Q - Q')
   (6)  steps of every optimiser: its learning rate times sqrt(B / 256)           B: transitions in a batch
 
