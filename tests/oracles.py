@@ -67,9 +67,9 @@ def policy(layers: list[np.ndarray], observations: np.ndarray) -> np.ndarray:
 
 
 def q_values(layers: list[np.ndarray], observations: np.ndarray, actions: np.ndarray) -> np.ndarray:
-    """Q_1 and Q_2 [2, B]."""
+    """Q_i of every member of an ensemble [E, B]."""
     inputs, results = np.concatenate([observations, actions], axis=1), []
-    for member in range(2):
+    for member in range(len(layers[0])):
         own = [layer[member].T if layer.shape[1] > 1 else layer[member][0] for layer in layers]
         results.append(perceptron(own, inputs)[:, 0])
     return np.stack(results)

@@ -32,6 +32,7 @@ def test_there_are_scripts_that_learn_values():
 
 # Whose step size an optimiser takes where the Config has none of its name; the Config's comments say so.
 STEP_SIZES = {"temperature": "actor_lr", "multiplier": "critic_lr"}
+UNSCALED = {"lb_sac": {"batch_size": 256}}  # its step sizes are those of such a batch
 DEFAULTS = {"weight_decay": 0, "betas": (0.9, 0.999), "eps": 1e-8}  # but where the Config has such a field
 
 
@@ -61,7 +62,7 @@ def distinct_steps(script) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", OFFLINE)
 def test_optimisers_take_the_configs_step_sizes_and_torchs_defaults(scripts, name):
-    learner = fresh(scripts[name], **distinct_steps(scripts[name]))
+    learner = fresh(scripts[name], **distinct_steps(scripts[name]), **UNSCALED.get(name, {}))
     assert parts(learner, torch.optim.Optimizer)
     assert optimizer_faults(learner) == []
 

@@ -120,7 +120,11 @@ SETTINGS = {
         "act_samples": 10,
     },
     "cql": {"dataset": "strides", "cql_weight": 0.1, "cql_actions": 4},
+    # a temperature that starts at 1 is nearly 0 in time only at a faster rate
+    "edac": {"critics": 4, "actor_lr": 6e-3},
     "iql": {"dataset": "strides", "expectile": 0.9},
+    "lb_sac": {"batch_size": 256, "actor_lr": 1e-2},
+    "sac_n": {"critics": 4, "actor_lr": 6e-3},
     "td3_bc": {"alpha": 10.0, "policy_delay": 1},
 }
 
