@@ -152,7 +152,8 @@ class XQL:
             next_value = self.value(batch["next_observations"]).squeeze(-1)  # [B]
             target = batch["rewards"] + self.config.discount * (1 - batch["terminations"]) * next_value  # (5)
         q = self.critic(batch["observations"], batch["actions"])  # [2, B]
-        loss = nn.functional.huber_loss(q, target.expand_as(q), reduction="sum", delta=20) / len(target)  # (6)
+        errors = nn.functional.huber_loss(q, target.expand_as(q), reduction="none", delta=20)  # [2, B]
+        loss = errors.mean(1).sum()  # (6)
         return loss, {"critic/loss": loss.detach(), "critic/q_mean": q.detach().mean()}
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
