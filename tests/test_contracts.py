@@ -126,6 +126,7 @@ def critic_losses(learner_of, terminated: float) -> tuple[float, float]:
     torch.manual_seed(1)
     rows = {"observations": torch.randn(64, OBS), "actions": torch.rand(64, ACT) * 2 - 1}
     rows |= {"rewards": torch.randn(64), "terminations": torch.full((64,), terminated)}
+    rows |= {"next_actions": torch.rand(64, ACT) * 2 - 1, "has_next": 1 - rows["terminations"]}  # ReBRAC's
     losses = []
     for next_observations in (torch.randn(64, OBS), 5 * torch.randn(64, OBS)):
         learner = learner_of()

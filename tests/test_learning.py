@@ -126,6 +126,7 @@ SETTINGS = {
     "lb_sac": {"batch_size": 256, "actor_lr": 1e-2},
     "sac_n": {"critics": 4, "actor_lr": 6e-3},
     "td3_bc": {"alpha": 10.0, "policy_delay": 1},
+    "xql": {"dataset": "strides", "beta": 0.5},
 }
 
 
@@ -140,6 +141,8 @@ def learn(script, dataset: minari.MinariDataset, **fields) -> Iterator[float]:
             episodes = script.keep_best(episodes, config.fraction)
         scaler = script.fit_scaler(episodes, environments.single_action_space, config.normalize_states)
         data = script.transitions(episodes, scaler)
+        if hasattr(script, "next_actions"):
+            data |= script.next_actions(episodes, scaler)
         torch.manual_seed(seed)
         learner = learner_class(script)(config, scaler)
         batches = script.draw_batches(data, config.batch_size, seed, 0)

@@ -488,7 +488,7 @@ def test_a_checkpoint_holds_everything(finished, pendulum, name):
     assert set(content) == {"updates", "state", "metrics", "evaluations", "rng", "cuda_rng", "seconds"}
     assert content["updates"] == 40
     steps = {int(entry["step"]) for entry in content["state"]["actor_optimizer"]["state"].values()}
-    assert steps == {20 if name == "td3_bc" else 40}
+    assert steps == {20 if name in ("td3_bc", "rebrac") else 40}  # every second update
 
 
 # ------------------------------------------- every field counts -------------------------------------------
@@ -501,6 +501,7 @@ OTHER = {  # another value of a field, where `other_value` would be none or not 
     "hidden_dim": 9,
     "policy_delay": 1,
     "noise_clip": 0.01,
+    "max_z": 0.01,
     "warmup_updates": 5,
     "lagrange_gap": 5.0,
     "act_samples": 1,
