@@ -7,13 +7,13 @@ data: of so few, the maximum mean discrepancy tells whether they lie in its supp
   (2)  y = r + gamma (1 - d) max_k (lambda min_i Q'_i(s', a_k) + (1 - lambda) max_i Q'_i(s', a_k))
   (3)  L_Q = sum_i mean (Q_i(s, a) - y)^2                                  (2): of 10 a_k = tanh(x_k) of pi'
   (4)  MMD(s)^2 = mean k(x, x') + mean k(b, b') - 2 mean k(x, b) + 1e-6    5 x of pi, 5 b of D before its tanh
-  (5)  k(x, b) = exp(-|x - b| / (2 sigma)), or exp(-|x - b|^2 / (2 sigma)) sum of entries' |.|; Euclidean
+  (5)  k(x, b) = exp(-|x - b| / (2 sigma)), or Gaussian, exp(-|x - b|^2 / (2 sigma))  (|.|: of L1, of L2)
   (6)  L_pi = mean (m MMD(s) - min_i mean_x Q_i(s, tanh(x)))               warm-up: without Q
   (7)  L_m = -m (mean MMD(s) - epsilon)                                    log m starts at random, in [-5, 10]
   (8)  theta' <- theta' + tau (theta - theta')                             both targets, of Q and pi
   (9)  pi(s) = the a_k with the largest Q_1(s, a_k)                        of 10
 
-Differences from the paper: as in the authors' code the noise of x and b is cut to [-1/2, 1/2] in (4), and they
+Differences from the paper: as in the authors' code the noise of x and b is cut to [-1/2, 1/2] in (4), both
 are before the tanh. Unlike theirs, (9) draws its noise once, for all states; actor and critics have 400 units
 in both layers (400, 300); the actor's deviations are in [e^-5, e^2]; steps cut by a time limit are kept.
 
