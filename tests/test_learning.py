@@ -119,6 +119,13 @@ SETTINGS = {
         "target_samples": 4,
         "act_samples": 10,
     },
+    "bear": {
+        "warmup_updates": 50,
+        "vae_hidden_dim": 32,
+        "mmd_threshold": 0.5,  # one direction of two is farther from the data than the default allows
+        "target_samples": 4,
+    },
+    "brac": {"behavior_updates": 200, "warmup_updates": 50, "behavior_lr": 3e-3, "updates": 800},
     "cql": {"dataset": "strides", "cql_weight": 0.1, "cql_actions": 4},
     # a temperature that starts at 1 is nearly 0 in time only at a faster rate
     "edac": {"critics": 4, "actor_lr": 6e-3},

@@ -473,6 +473,8 @@ PARTS = {
     "awac": Q,
     "bc": set(),
     "bcq": Q | {"target_actor", "vae", "vae_optimizer"},
+    "bear": Q | {"target_actor", "vae", "vae_optimizer", "multiplier", "multiplier_optimizer"},
+    "brac": Q | {"behavior", "behavior_optimizer", "multiplier", "multiplier_optimizer"},
     "cql": Q | {"temperature", "temperature_optimizer", "multiplier", "multiplier_optimizer"},
     "dt": {"actor_schedule"},
     "iql": Q | {"value", "value_optimizer", "actor_schedule"},
@@ -488,7 +490,7 @@ def test_a_checkpoint_holds_everything(finished, pendulum, name):
     assert set(content) == {"updates", "state", "metrics", "evaluations", "rng", "cuda_rng", "seconds"}
     assert content["updates"] == 40
     steps = {int(entry["step"]) for entry in content["state"]["actor_optimizer"]["state"].values()}
-    assert steps == {20 if name in ("td3_bc", "rebrac") else 40}  # every second update
+    assert steps == {{"td3_bc": 20, "rebrac": 20, "brac": 36}.get(name, 40)}  # of 40
 
 
 # ------------------------------------------- every field counts -------------------------------------------
@@ -504,6 +506,7 @@ OTHER = {  # another value of a field, where `other_value` would be none or not 
     "max_z": 0.01,
     "warmup_updates": 5,
     "lagrange_gap": 5.0,
+    "target_kl": 0.5,
     "act_samples": 1,
     "environment": "Pendulum-v1",
     "ref_min": -200.0,

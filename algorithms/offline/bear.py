@@ -1,0 +1,926 @@
+"""BEAR: bootstrapping error accumulation reduction (Kumar et al., 2019, arXiv:1906.00949).
+
+A critic is wrong where there are no data. BEAR holds a few samples of the actor near a few of a model of the
+data: of so few, the maximum mean discrepancy tells whether they lie in its support, not how densely.
+
+  (1)  L_VAE = mean (D(s, z) - a)^2 + mean (mu^2 + sigma^2 - 1 - log sigma^2) / 4         z ~ N(mu, sigma^2)
+  (2)  y = r + gamma (1 - d) max_k (lambda min_i Q'_i(s', a_k) + (1 - lambda) max_i Q'_i(s', a_k))
+  (3)  L_Q = sum_i mean (Q_i(s, a) - y)^2                                  (2): of 10 a_k = tanh(x_k) of pi'
+  (4)  MMD(s)^2 = mean k(x, x') + mean k(b, b') - 2 mean k(x, b) + 1e-6    5 x of pi, 5 b of D before its tanh
+  (5)  k(x, b) = exp(-|x - b| / (2 sigma)), or Gaussian, exp(-|x - b|^2 / (2 sigma))  (|.|: of L1, of L2)
+  (6)  L_pi = mean (m MMD(s) - min_i mean_x Q_i(s, tanh(x)))               warm-up: without Q
+  (7)  L_m = -m (mean MMD(s) - epsilon)                                    log m starts at random, in [-5, 10]
+  (8)  theta' <- theta' + tau (theta - theta')                             both targets, of Q and pi
+  (9)  pi(s) = the a_k with the largest Q_1(s, a_k)                        of 10
+
+Differences from the paper: as in the authors' code the noise of x and b is cut to [-1/2, 1/2] in (4), both
+are before the tanh. Unlike theirs, (9) draws its noise once, for all states; actor and critics have 400 units
+in both layers (400, 300); the actor's deviations are in [e^-5, e^2]; steps cut by a time limit are kept.
+
+  python algorithms/offline/bear.py --config_path configs/offline/bear/reef/pointmaze/umaze-v0.yaml
+"""
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import io
+import json
+import math
+import os
+import platform
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import NewType, Optional
+from unittest import mock
+
+import filelock
+import gymnasium as gym
+import huggingface_hub
+import minari
+import numpy as np
+import pandas as pd
+import psutil
+import pyrallis
+import torch
+import yaml
+from minari.storage import get_dataset_path
+from torch import Tensor, nn
+from tqdm import tqdm
+
+Count = NewType("Count", int)  # at least 1
+Size = NewType("Size", float)  # at least 0
+Positive = NewType("Positive", float)  # at least a millionth
+Share = NewType("Share", float)  # from 0 to 1
+Precision = NewType("Precision", str)
+WandbMode = NewType("WandbMode", str)
+
+
+@dataclasses.dataclass
+class Config:
+    """BEAR. Write `null` for none and true or false for a switch."""
+
+    dataset: str = "reef/pointmaze/umaze-v0"  # Minari id, on this machine or on the hub
+    seed: int = 0  # of networks, batches, noise and evaluations
+    variant: str = "default"  # names these settings in the run's folder and in the tables
+    updates: Count = 1_000_000  # gradient updates
+    warmup_updates: int = 100_000  # the first, in which the actor does not see Q
+    batch_size: Count = 100  # transitions in an update
+    discount: Share = 0.99  # gamma
+    tau: Share = 0.005  # rate of the target networks
+    actor_lr: Size = 1e-3  # Adam's step size
+    critic_lr: Size = 1e-3  # Adam's step size, the multiplier's too
+    vae_lr: Size = 1e-3  # Adam's step size
+    hidden_dim: Count = 400  # units in a hidden layer of actor and critics
+    vae_hidden_dim: Count = 750  # units in a hidden layer of E and D
+    hidden_layers: Count = 2  # hidden layers of every network
+    ensemble_lambda: Share = 0.75  # weight of the smaller Q in (2), where 1 is TD3's minimum
+    target_samples: Count = 10  # actions of a next state in (2)
+    mmd_samples: Count = 5  # of the actor and of the data in (4)
+    gaussian_kernel: bool = False  # k of (5) with squares; false: Laplacian
+    kernel_sigma: Positive = 10.0  # sigma of (5)
+    mmd_threshold: Size = 0.05  # epsilon of (7)
+    act_samples: Count = 10  # actions to choose from in (9)
+    normalize_states: bool = False  # standardise observations by the dataset's mean and deviation
+    normalize_rewards: bool = False  # first multiply by 1000 / (largest - smallest episode return)
+    reward_scale: float = 1.0  # the learner sees reward_scale * r + reward_shift
+    reward_shift: float = 0.0  # see reward_scale
+    environment: Optional[str] = None  # Gymnasium id to evaluate in; null: the dataset's own
+    ref_min: Optional[float] = None  # return that scores 0; null: the dataset's own
+    ref_max: Optional[float] = None  # return that scores 100; null: the dataset's own
+    eval_every: Count = 5000  # updates between evaluations
+    eval_episodes: Count = 10  # episodes of an evaluation along the way
+    final_eval_episodes: Count = 100  # episodes of the evaluation that is the score
+    log_every: Count = 1000  # updates between rows of metrics.csv
+    checkpoint_every: Count = 10_000  # updates between checkpoints
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    threads: int = 0  # CPU threads; 0: torch's choice
+    compile: bool = True  # compile the losses
+    precision: Precision = "highest"  # of float32 matrix products
+    wandb_mode: WandbMode = "offline"  # mirror of the CSV files
+    wandb_project: str = "reef"  # wandb project
+    output_dir: str = "results/runs"  # where run folders go
+
+
+# ---------------------------------------------- BEAR ----------------------------------------------
+
+
+class BEAR:
+    """Networks, targets and optimisers, and the update that trains them on batches in the learner's units."""
+
+    def __init__(self, config: Config, scaler: "Scaler"):
+        self.config, self.scaler, self.updates = config, scaler, 0
+        obs_dim, act_dim, device = scaler.obs_dim, scaler.act_dim, scaler.mean.device
+        self.vae = VAE(obs_dim, act_dim, config.vae_hidden_dim, config.hidden_layers).to(device)
+        self.actor = mlp(obs_dim, config.hidden_dim, config.hidden_layers, 2 * act_dim).to(device)
+        self.critic = EnsembleCritic(obs_dim, act_dim, config.hidden_dim, config.hidden_layers).to(device)
+        self.target_actor, self.target_critic = copy.deepcopy(self.actor), copy.deepcopy(self.critic)
+        self.multiplier = nn.ParameterDict({"log": torch.randn(())}).to(device)  # of m
+        self.vae_optimizer = torch.optim.Adam(self.vae.parameters(), config.vae_lr, fused=True)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), config.actor_lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), config.critic_lr, fused=True)
+        self.multiplier_optimizer = torch.optim.Adam(self.multiplier.values(), config.critic_lr, fused=True)
+        generator = torch.Generator().manual_seed(config.seed)  # of its own: `load` draws the same
+        self.noise = torch.randn(config.act_samples, act_dim, generator=generator).to(device)  # of (9)
+
+    def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.updates += 1
+        loss, vae_metrics = self.vae_loss(batch)
+        descend(self.vae_optimizer, loss)
+        loss, critic_metrics = self.critic_loss(batch)
+        descend(self.critic_optimizer, loss)
+        loss, actor_metrics = self.actor_loss(batch, sees_q=self.updates > self.config.warmup_updates)
+        descend(self.actor_optimizer, loss)
+        log, excess = self.multiplier["log"], actor_metrics["actor/mmd"] - self.config.mmd_threshold
+        descend(self.multiplier_optimizer, -log.exp() * excess)  # (7)
+        log.data.clamp_(-5, 10)
+        polyak(self.target_actor, self.actor, self.config.tau)  # (8)
+        polyak(self.target_critic, self.critic, self.config.tau)  # (8)
+        return critic_metrics | actor_metrics | vae_metrics | {"actor/multiplier": log.detach().exp()}
+
+    def vae_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        decoded, mean, log_std = self.vae(batch["observations"], batch["actions"])  # [B, A], 2 x [B, 2A]
+        kl = 0.5 * (mean.square() + (2 * log_std).exp() - 1 - 2 * log_std).mean()  # from N(0, 1)
+        loss = (decoded - batch["actions"]).square().mean() + kl / 2  # (1)
+        return loss, {"vae/loss": loss.detach(), "vae/kl": kl.detach()}
+
+    def critic_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        c = self.config
+        with torch.no_grad():
+            next_observations = batch["next_observations"].repeat_interleave(c.target_samples, 0)  # [B n, .]
+            mean, std = gaussian(self.target_actor, next_observations)  # 2 x [B n, A]
+            next_actions = torch.tanh(mean + std * torch.randn_like(mean))  # [B n, A]
+            low, high = self.target_critic(next_observations, next_actions).aminmax(dim=0)  # [B n]
+            mixed = c.ensemble_lambda * low + (1 - c.ensemble_lambda) * high  # [B n]
+            next_q = mixed.view(-1, c.target_samples).amax(1)  # [B]
+            target = batch["rewards"] + c.discount * (1 - batch["terminations"]) * next_q  # (2) [B]
+        q = self.critic(batch["observations"], batch["actions"])  # [2, B]
+        loss = (q - target).square().mean(1).sum()  # (3)
+        return loss, {"critic/loss": loss.detach(), "critic/q_mean": q.detach().mean()}
+
+    def actor_loss(self, batch: dict[str, Tensor], sees_q: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        observations = batch["observations"].expand(self.config.mmd_samples, -1, -1)  # [n, B, .]
+        mean, std = gaussian(self.actor, observations)  # 2 x [n, B, A]
+        x = mean + std * torch.randn_like(mean).clamp(-0.5, 0.5)  # [n, B, A]
+        with torch.no_grad():
+            latents = torch.randn_like(torch.cat([mean, mean], -1)).clamp(-0.5, 0.5)  # [n, B, 2A]
+            data = self.vae.decoder(torch.cat([observations, latents], -1))  # [n, B, A]
+        mmd = self.mmd(x, data).mean()
+        loss = self.multiplier["log"].detach().exp() * mmd
+        if sees_q:
+            q = self.critic(observations.flatten(0, 1), torch.tanh(x).flatten(0, 1))  # [2, n B]
+            loss = loss - q.view(2, *x.shape[:2]).mean(1).amin(0).mean()  # (6)
+        return loss, {"actor/loss": loss.detach(), "actor/mmd": mmd.detach()}
+
+    def mmd(self, x: Tensor, data: Tensor) -> Tensor:
+        """How far samples x [n, B, A] are from those of the data [n, B, A] in each state: [B]."""
+        both = torch.stack([x, data])  # [2, n, B, A]
+        difference = both[:, :, None, None] - both  # [2, n, 2, n, B, A]
+        distance = (difference.square() if self.config.gaussian_kernel else difference.abs()).sum(-1)
+        kernel = torch.exp(-distance / (2 * self.config.kernel_sigma)).mean((1, 3))  # (5) [2, 2, B]
+        return (kernel[0, 0] + kernel[1, 1] - 2 * kernel[0, 1] + 1e-6).sqrt()  # (4)
+
+    @torch.inference_mode()
+    def act(self, observations) -> np.ndarray:
+        """Raw observations [..., obs_dim], or Dicts -> actions [..., act_dim] in the environment's units."""
+        observations, chosen = self.scaler.scale_observations(observations), []
+        for row in observations.view(-1, observations.shape[-1]):
+            mean, std = gaussian(self.actor, row)  # 2 x [A]
+            actions = torch.tanh(mean + std * self.noise)  # [10, A]
+            q = self.critic(row.expand(len(actions), -1), actions, members=1)  # [1, 10]
+            chosen.append(actions[q.argmax()])  # (9) [A]
+        return self.scaler.unscale_actions(torch.stack(chosen).view(*observations.shape[:-1], -1))
+
+
+# -------------------------------------------- Networks --------------------------------------------
+
+
+def mlp(inputs: int, hidden_dim: int, hidden_layers: int, outputs: int) -> nn.Sequential:
+    """ReLU network [..., inputs] -> [..., outputs]."""
+    sizes = [inputs] + [hidden_dim] * hidden_layers
+    hidden = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(sizes[-1], outputs))
+
+
+def gaussian(net: nn.Module, observations: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [..., act_dim], both by `net`, of the Gaussian whose tanh is the action."""
+    mean, log_std = net(observations).chunk(2, -1)
+    return mean, log_std.clamp(-5, 2).exp()
+
+
+class VAE(nn.Module):
+    """Auto-encoder of actions [B, act_dim] given observations; its latents are [B, 2 act_dim]."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, hidden_layers: int):
+        super().__init__()
+        self.encoder = mlp(obs_dim + act_dim, hidden_dim, hidden_layers, 4 * act_dim)
+        self.decoder = mlp(obs_dim + 2 * act_dim, hidden_dim, hidden_layers, act_dim)
+
+    def forward(self, observations: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The actions as decoded from drawn latents, and the mean and log deviation of these."""
+        mean, log_std = self.encoder(torch.cat([observations, actions], -1)).chunk(2, -1)
+        log_std = log_std.clamp(-4, 15)
+        latents = mean + log_std.exp() * torch.randn_like(mean)
+        return self.decode(observations, latents), mean, log_std
+
+    def decode(self, observations: Tensor, latents: Tensor) -> Tensor:
+        """Actions [B, act_dim] in [-1, 1]."""
+        return torch.tanh(self.decoder(torch.cat([observations, latents], -1)))
+
+
+class EnsembleLinear(nn.Module):
+    """E linear layers side by side, or the first len(x) of them: [E, B, inputs] -> [E, B, outputs]."""
+
+    def __init__(self, ensemble: int, inputs: int, outputs: int):
+        super().__init__()
+        bound = inputs**-0.5  # as nn.Linear
+        self.weight = nn.Parameter(torch.empty(ensemble, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(ensemble, 1, outputs).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight[: len(x)], self.bias[: len(x)]
+        if weight.shape[-1] == 1:  # a sum of products is faster than a product with one column
+            return (x * weight.mT).sum(-1, keepdim=True) + bias
+        return torch.bmm(x, weight) + bias
+
+
+class EnsembleCritic(nn.Module):
+    """E independent Q(s, a): [B, obs_dim], [B, act_dim] -> [E, B], or of the first `members` alone."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, hidden_layers: int, ensemble: int = 2):
+        super().__init__()
+        sizes = [obs_dim + act_dim] + [hidden_dim] * hidden_layers + [1]
+        self.layers = nn.ModuleList(EnsembleLinear(ensemble, i, o) for i, o in zip(sizes, sizes[1:]))
+        self.ensemble = ensemble
+
+    def forward(self, observations: Tensor, actions: Tensor, members: int | None = None) -> Tensor:
+        x = torch.cat([observations, actions], -1).expand(members or self.ensemble, -1, -1)  # [E, B, inputs]
+        for layer in self.layers[:-1]:
+            x = torch.relu(layer(x))
+        return self.layers[-1](x).squeeze(-1)
+
+
+# ------------------------------------ From the dataset to the score ------------------------------------
+
+
+def train(config: Config) -> None:
+    """All that this script does, in order; what the run's folder already holds is not done again."""
+    run = Run(config, config.dataset)
+    if run.info.get("status") == "finished":
+        print(f"{run.folder} is finished: {run.info['result']}")
+        return
+
+    device = set_up_torch(config)
+    dataset = load_dataset(config.dataset)
+    environments = make_environments(dataset, config.environment)
+    check_memory(dataset, device)
+    episodes, dataset_hash = read_episodes(dataset)
+    scale_rewards(episodes, config.reward_scale, config.reward_shift, config.normalize_rewards)
+    action_space = environments.single_action_space if environments else dataset.action_space
+    scaler = fit_scaler(episodes, action_space, config.normalize_states).to(device)
+    data = transitions(episodes, scaler)
+    known = dataset.storage.metadata
+    references = known.get("ref_min_score", config.ref_min), known.get("ref_max_score", config.ref_max)
+
+    learner = BEAR(config, scaler)
+    compiled = config.compile and compile_methods(learner, "vae_loss", "critic_loss", "actor_loss")
+    with run.start(learner, dataset_hash=dataset_hash, compiled=compiled, **provenance(device)):
+        batches = draw_batches(data, config.batch_size, config.seed, learner.updates)
+        numbers = range(learner.updates + 1, config.updates + 1)
+        for update in tqdm(numbers, initial=learner.updates, total=config.updates, disable=None):
+            metrics = learner.update(next(batches))
+            if run.is_due(update, config.log_every):
+                run.log(update, metrics | {"actor/support_gap": support_gap(learner.act, data, scaler)})
+            if run.is_due(update, config.eval_every) and environments:
+                table = evaluate(learner.act, environments, config.eval_episodes, (config.seed, update, 0))
+                run.log_episodes(update, "training", table, references)
+            run.save_when_due(learner)
+        if environments:
+            seed = (config.seed, config.updates, 1)
+            table = evaluate(learner.act, environments, config.final_eval_episodes, seed)
+            run.log_episodes(config.updates, "final", table, references)
+        run.finish()
+
+
+def load(folder: str, device: str = "cpu") -> BEAR:
+    """The policy of a run: `load(folder).act(observation)` takes raw observations, one or a batch."""
+    config = parse_config([f"--config_path={folder}/config.yaml"])
+    checkpoint = read_saved(Path(folder, "checkpoint.pt"))
+    learner = BEAR(config, Scaler(**checkpoint["state"]["scaler"]).to(device))
+    restore(learner, checkpoint)
+    return learner
+
+
+# -------------------- Toolbox: the same in every script that has it, word for word --------------------
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step down the gradient of `loss` for the parameters of `optimizer` and no others."""
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+        parameter.grad = gradient
+    optimizer.step()
+
+
+@torch.no_grad()
+def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target <- target + tau (source - target)."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+def set_up_torch(config: Config) -> torch.device:
+    """Seeds torch, sets its threads and precision, and finds the device."""
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    torch.set_float32_matmul_precision(config.precision)
+    torch.set_flush_denormal(True)  # Adam's moments of idle weights end in denormals: slow to compute with
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=auto if config.device == "auto" else config.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device: cannot use {config.device}: {error!r:.100}") from None
+
+
+def compile_methods(learner, *names: str) -> bool:
+    """Compiles these methods; where there is no C++ compiler to do it, they stay as they are."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        print("no C++ compiler (g++) here: the losses are not compiled, which is slower", file=sys.stderr)
+        return False
+    for name in names:
+        # eager's random numbers are faster here, and the same as uncompiled
+        method = torch.compile(getattr(learner, name), dynamic=False, options={"fallback_random": True})
+        setattr(learner, name, method)
+    return True
+
+
+# ---------------------------------- Data: from episodes to batches ----------------------------------
+
+
+def load_dataset(name: str) -> minari.MinariDataset:
+    """The dataset on this machine, else from the Minari hub; says which."""
+    local, ours = (get_dataset_path(name) / "data").exists(), name.startswith("reef/")
+    try:
+        if not local and not ours:  # ask once: the hub's client would ask for half a minute
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=4)
+        dataset = minari.load_dataset(name, download=not ours)
+        list(dataset.storage.get_episode_metadata(dataset.episode_indices[-1:]))  # is the file whole?
+    except Exception as error:  # the hub's client raises whatever its transport does
+        advice = f"see `minari list remote`, or try minari download {name}"
+        if ours:
+            advice = f"make it: make dataset ID={name}"
+        if local:
+            advice = f"minari delete {name}, then {advice}"
+        configs = Path(__file__).resolve().parent / "../../configs"
+        known = {"/".join(file.with_suffix("").parts[-3:]) for file in configs.glob("*/*/*/*/*.yaml")}
+        near = " or ".join(difflib.get_close_matches(name, known - {name}, 2))
+        if near and not local:
+            advice = f"did you mean {near}? Else {advice}"
+        raise UserError(f"cannot load {name}: {error!r:.200}; {advice}") from None
+    source = "on this machine" if local else "from the Minari hub"
+    print(f"{name}, {source}: {dataset.total_episodes:,} episodes, {dataset.total_steps:,} steps")
+    return dataset
+
+
+def read_episodes(dataset: minari.MinariDataset) -> tuple[list[dict[str, np.ndarray]], str]:
+    """The episodes as float32 arrays, each checked, and the hash of all that was recorded.
+
+    An episode of T steps has observations [T + 1, obs_dim], actions [T, act_dim], rewards and terminations
+    [T]. A truncation is no termination.
+    """
+    shapes = {"observations": [space.shape for space in leaves(dataset.observation_space)]}
+    shapes["actions"] = [space.shape for space in leaves(dataset.action_space)]
+    shapes |= {"rewards": [()], "terminations": [()]}
+    episodes, digest = [], hashlib.sha256()
+    for recorded in dataset.iterate_episodes():
+        where, steps = f"{dataset.id}, episode {recorded.id}", len(recorded.rewards)
+        for field in (*shapes, "truncations"):
+            length = steps + 1 if field == "observations" else steps
+            for array, shape in zip(leaves(getattr(recorded, field)), shapes.get(field, [()]), strict=True):
+                if steps == 0 or array.shape != (length, *shape):
+                    raise UserError(f"{where} is malformed: {steps} steps, {field} of shape {array.shape}")
+                if not np.isfinite(array.astype(np.float32)).all():
+                    raise UserError(f"{where}: {field} are not all finite")
+                digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+        episodes.append({field: flatten(getattr(recorded, field)) for field in shapes})
+    steps = sum(len(episode["rewards"]) for episode in episodes)
+    if steps == 0 or steps != dataset.total_steps:
+        raise UserError(f"{dataset.id} lacks steps: {steps:,} of {dataset.total_steps:,}; get it anew")
+    return episodes, digest.hexdigest()
+
+
+def check_memory(dataset: minari.MinariDataset, device: torch.device) -> None:
+    """An error where three copies in float32 do not fit: episodes, transitions, one on the way."""
+    width = 2 * flat_dim(dataset.observation_space) + flat_dim(dataset.action_space) + 2
+    needed, free = 12 * width * dataset.total_steps, psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")  # of a container, which may have a limit of its own
+    if (group / "memory.max").exists() and (group / "memory.max").read_text() != "max\n":
+        usage = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, int((group / "memory.max").read_text()) - int(usage["anon"]))
+    if device.type == "cuda":
+        free = min(free, torch.cuda.mem_get_info(device)[0])
+    if needed > free:
+        raise UserError(f"{dataset.id} needs {needed / 1e9:,.1f} GB of memory; {free / 1e9:,.1f} GB are free")
+
+
+def leaves(tree) -> list:
+    """The entries of a Dict in the order of its sorted keys, however deep; anything else is its own leaf."""
+    if isinstance(tree, Mapping):
+        return [leaf for key in sorted(tree) for leaf in leaves(tree[key])]
+    return [tree]
+
+
+def flatten(tree) -> np.ndarray:
+    """An array as float32; the leaves of a Dict side by side: [..., obs_dim]."""
+    return np.concatenate([np.asarray(leaf, np.float32) for leaf in leaves(tree)], axis=-1)
+
+
+def flat_dim(space: gym.Space) -> int:
+    """Length of the vector that `flatten` makes of an element of `space`."""
+    for leaf in leaves(space):
+        if not isinstance(leaf, gym.spaces.Box) or len(leaf.shape) != 1:
+            raise UserError(f"this script is not for {leaf}: it takes vectors (Box)")
+    return sum(leaf.shape[0] for leaf in leaves(space))
+
+
+class Scaler(nn.Module):
+    """From the environment's units to the learner's: observations standardised, actions in [-1, 1]."""
+
+    def __init__(self, mean, std, low, high):
+        super().__init__()
+        self.obs_dim, self.act_dim = len(mean), len(low)
+        for name, value in {"mean": mean, "std": std, "low": low, "high": high}.items():
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
+
+    def scale_observations(self, observations) -> Tensor:
+        return (torch.as_tensor(flatten(observations), device=self.mean.device) - self.mean) / self.std
+
+    def scale_actions(self, actions) -> Tensor:
+        actions = torch.as_tensor(actions, device=self.low.device)
+        return 2 * (actions - self.low) / (self.high - self.low).clamp(min=1e-6) - 1
+
+    def unscale_actions(self, actions: Tensor) -> np.ndarray:
+        return (self.low + (actions + 1) / 2 * (self.high - self.low)).cpu().numpy()
+
+
+def fit_scaler(episodes: list, space: gym.spaces.Box, normalize_states: bool) -> Scaler:
+    """Actions by the bounds of their space, else by the data's extremes; states by mean and deviation."""
+    if not isinstance(space, gym.spaces.Box):
+        raise UserError(f"this script is not for {space}: it takes vectors (Box)")
+    observations = np.concatenate([episode["observations"][:-1] for episode in episodes])
+    actions = np.concatenate([episode["actions"] for episode in episodes])
+    low = np.where(np.isfinite(space.low), space.low, actions.min(0)).astype(np.float32)
+    high = np.where(np.isfinite(space.high), space.high, actions.max(0)).astype(np.float32)
+    outside = ((actions < low) | (actions > high)).mean()
+    print(f"{outside:.2%} of the action entries lie outside the action bounds and are clipped to them")
+    mean, std = np.zeros(observations.shape[1]), np.ones(observations.shape[1])
+    if normalize_states:
+        mean, std = observations.mean(0, np.float64), observations.std(0, np.float64) + 1e-3
+    return Scaler(mean, std, low, high)
+
+
+def transitions(episodes: list, scaler: Scaler) -> dict[str, Tensor]:
+    """All N steps in the learner's units, on the scaler's device; none leads from one episode to another."""
+    steps = {name: np.concatenate([episode[name] for episode in episodes]) for name in episodes[0]}
+    before = np.concatenate([episode["observations"][:-1] for episode in episodes])
+    after = np.concatenate([episode["observations"][1:] for episode in episodes])
+    return {
+        "observations": scaler.scale_observations(before),  # [N, obs_dim]
+        "actions": scaler.scale_actions(steps["actions"]).clamp(-1, 1),  # [N, act_dim]
+        "rewards": torch.as_tensor(steps["rewards"], device=scaler.mean.device),  # [N]
+        "next_observations": scaler.scale_observations(after),  # [N, obs_dim]
+        "terminations": torch.as_tensor(steps["terminations"], device=scaler.mean.device),  # [N]
+    }
+
+
+def scale_rewards(episodes: list, scale: float, shift: float, normalize: bool) -> None:
+    """r <- scale r + shift in every step; `normalize` first multiplies by 1000 / (best - worst return)."""
+    if normalize:
+        returns = [episode["rewards"].sum(dtype=np.float64) for episode in episodes]
+        scale *= 1000 / max(np.ptp(returns), 1e-6)
+    for episode in episodes:
+        episode["rewards"] = np.float32(scale * episode["rewards"] + shift)
+
+
+def draw_batches(data: dict[str, Tensor], batch_size: int, seed: int, update: int) -> Iterator[dict]:
+    """Batches `update`, `update` + 1, ...: rows drawn with replacement, by seed and batch number alone."""
+    first = next(iter(data.values()))
+    while True:
+        block, start = divmod(update, 1000)  # the rows of 1000 batches are drawn at a time
+        rows = np.random.default_rng((seed, block)).integers(len(first), size=(1000, batch_size))
+        for batch_rows in torch.as_tensor(rows, device=first.device)[start:]:
+            yield {name: column.index_select(0, batch_rows) for name, column in data.items()}
+        update += 1000 - start
+
+
+# ------------------------------- Evaluation: what the policy earns -------------------------------
+
+
+def make_environments(dataset: minari.MinariDataset, name: str | None) -> gym.vector.VectorEnv | None:
+    """Ten environments side by side: `name`, else the dataset's own, bare if its wrappers fail; or None."""
+    with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
+        gym.register_envs(importlib.import_module("gymnasium_robotics"))  # mazes, hands and kitchen
+    spec = name or dataset._eval_env_spec or dataset.env_spec
+    if spec is None:
+        print("no environment to evaluate in (see --environment)")
+        return None
+    mode = gym.vector.AutoresetMode.SAME_STEP
+    kwargs = {"autoreset_mode": mode, "copy": False}
+    make = partial(gym.make_vec, num_envs=10, vectorization_mode="sync", vector_kwargs=kwargs)
+    try:
+        environments = make(spec)
+        print(f"evaluated in {name or spec.id}")
+    except Exception as error:  # environments raise whatever they like
+        if name or not spec.additional_wrappers:
+            problem = f"cannot make {name or spec.id}: {error!r:.200}"
+            raise UserError(f"{problem}; name one to evaluate in with --environment") from None
+        environments = make(dataclasses.replace(spec, additional_wrappers=()))
+        print(f"evaluated in {spec.id}, without its recorded wrappers: {error!r:.100}")
+    spaces = environments.single_observation_space, environments.single_action_space
+    ours = flat_dim(dataset.observation_space), flat_dim(dataset.action_space)
+    theirs = tuple(map(flat_dim, spaces))
+    if ours != theirs:
+        problem = f"observations and actions are of sizes {ours} in {dataset.id}, {theirs} in the environment"
+        raise UserError(f"{problem}: name one that fits with --environment")
+    return environments
+
+
+def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, seed: tuple) -> pd.DataFrame:
+    """A row an episode: return, length, success (nan if the environment knows none); by `seed` alone.
+
+    Every environment plays one episode a round; one that ends early plays on, uncounted, so that the policy's
+    batch keeps its size, on which the last bits of an action depend.
+    """
+    count, rounds = environments.num_envs, []
+    seeds = np.random.SeedSequence(seed).generate_state(episodes + count).tolist()
+    with torch.random.fork_rng():  # training goes on as if nothing had been evaluated
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
+        for first in range(0, episodes, count):
+            observations, _ = environments.reset(seed=seeds[first : first + count])
+            returns, lengths = np.zeros(count), np.zeros(count, int)
+            running, success = np.ones(count, bool), np.full(count, math.nan)
+            while running.any():
+                observations, rewards, terminations, truncations, infos = environments.step(act(observations))
+                ended = terminations | truncations
+                last = infos.get("final_info", {})  # of an episode's last step; `infos` is the next one's
+                reported = np.where(ended, last.get("success", math.nan), infos.get("success", math.nan))
+                success = np.where(running, np.fmax(success, reported), success)  # that of any step
+                returns += running * rewards
+                lengths += running
+                running &= ~ended
+            rounds.append(pd.DataFrame({"return": returns, "length": lengths, "success": success}))
+    return pd.concat(rounds, ignore_index=True)[:episodes]
+
+
+def support_gap(act: Callable, data: dict[str, Tensor], scaler: Scaler) -> float:
+    """Mean distance, in [-1, 1] units, of the policy's actions from the data's on 1,024 fixed rows."""
+    rows = np.random.default_rng(0).integers(len(data["actions"]), size=1024)
+    observations = data["observations"][rows] * scaler.std + scaler.mean
+    gap = scaler.scale_actions(act(observations.cpu())) - data["actions"][rows]
+    return float(gap.norm(dim=1).mean())
+
+
+# ------------------------- The run: its folder, its record and its checkpoint -------------------------
+
+
+class Run:
+    """The folder of one run, its lock, record and checkpoint (README: What a run folder holds)."""
+
+    # These do not change the outcome: a run goes on although they differ.
+    FREE = ("device", "threads", "log_every", "checkpoint_every", "wandb_mode", "wandb_project", "output_dir")
+
+    def __init__(self, config: Config, source: str):
+        script = Path(__file__).resolve()
+        self.config, self.group = config, f"{script.stem}/{source}/{config.variant}"
+        if ".." in Path(self.group).parts or "/" in config.variant or config.variant in ("", "."):
+            raise UserError(f"{self.group} would lead out of its folder: mend the variant or the dataset")
+        self.folder = Path(config.output_dir, script.parent.name, self.group, f"seed-{config.seed}")
+        self.lock = filelock.FileLock(self.folder / "lock", timeout=0)
+        self.info, self.history = {}, {"metrics": [], "evaluations": []}
+        self.wandb, self.interrupted = None, False
+        if (self.folder / "run.json").exists():
+            self.info = read_saved(self.folder / "run.json")
+            old, new = self.info["config"], dataclasses.asdict(config)
+            changed = [name for name in new if name not in self.FREE and old.get(name) != new[name]]
+            if changed:
+                fields = ", ".join(f"{name} {old.get(name)} -> {new[name]}" for name in changed)
+                raise UserError(f"{self.folder} is a run of another config: {fields}; take another --variant")
+            if self.info["status"] == "diverged":
+                raise Diverged(f"{self.folder} has {self.info['result']}, under another --variant")
+
+    @contextlib.contextmanager
+    def start(self, learner, **facts):
+        """Around the training loop: what was saved is restored first, and how it ended is noted."""
+        try:
+            self.lock.acquire()
+        except filelock.Timeout:
+            raise UserError(f"another process is at work in {self.folder}") from None
+        seconds = 0.0
+        if (self.folder / "checkpoint.pt").exists():
+            checkpoint = read_saved(self.folder / "checkpoint.pt")
+            restore(learner, checkpoint)
+            self.history, seconds = checkpoint["history"], checkpoint["seconds"]
+            torch.set_rng_state(checkpoint["rng"]["cpu"])
+            torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
+            print(f"resumed at update {learner.updates:,}")
+            for key, value in facts.items():
+                if self.info.get(key) != value:
+                    print(f"resumed with {key} {value}, begun with {self.info.get(key)}: maybe other bits")
+            commits = [*self.info.get("commit", "").split(), facts["commit"]]
+            facts["commit"] = " ".join(dict.fromkeys(commits))  # every one that took part
+        self.saved = self.printed = self.mark = time.perf_counter()
+        self.began, self.marked = self.mark - seconds, learner.updates
+        config = dataclasses.asdict(self.config)
+        identity = json.dumps({name: value for name, value in config.items() if name not in self.FREE})
+        facts["config_hash"] = hashlib.sha256(identity.encode()).hexdigest()
+        self.write("config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+        self.note(status="running", config=config, **facts)
+        for name in self.history:
+            self.record(name, [])
+        handler = signal.signal(signal.SIGINT, self.interrupt)
+        try:
+            yield
+        except Exception as error:  # after Ctrl-C the status is still running
+            status = "diverged" if isinstance(error, Diverged) else "failed"
+            self.note(status=status, result=f"{error}"[:300])
+            raise
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            self.lock.release()
+
+    def interrupt(self, *_) -> None:
+        """Ctrl-C: the run ends when the update under way is done and saved; a second one ends it at once."""
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def write(self, name: str, content: bytes) -> None:
+        """All of it or nothing, whenever the process is killed or the disk is full."""
+        new = self.folder / f"{name}.new"
+        try:
+            new.write_bytes(content)
+            new.replace(self.folder / name)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            raise UserError(f"cannot write {new}: {error.strerror}; mend it and run the same again") from None
+
+    def note(self, **info) -> None:
+        """Writes into run.json what is known of the run."""
+        self.info |= info
+        self.write("run.json", json.dumps(self.info, indent=1).encode())
+
+    def record(self, name: str, rows: list[dict]) -> None:
+        """Adds rows to metrics.csv or evaluations.csv; of one update there is one row of metrics."""
+        history = self.history[name]
+        for row in rows:
+            if name == "metrics" and history and history[-1]["update"] == row["update"]:
+                row = history.pop() | row
+            history.append(row)
+        table = pd.DataFrame(history, columns=None if history else ["update"])
+        self.write(f"{name}.csv", table.to_csv(index=False).encode())
+
+    def is_due(self, update: int, every: int) -> bool:
+        return update % every == 0 or update == self.config.updates
+
+    def log(self, update: int, metrics: Mapping[str, Tensor | float]) -> None:
+        """Metrics of training at this update; where one is not finite, the run ends."""
+        row = {name: float(value) for name, value in metrics.items()}
+        lost = ", ".join(name for name, value in row.items() if not math.isfinite(value))
+        if lost:
+            raise Diverged(f"diverged by update {update}: {lost} not finite; lower a learning rate")
+        now = time.perf_counter()
+        if not sys.stderr.isatty() and now - self.printed > 60:  # there is no progress bar
+            print(f"update {update:,} of {self.config.updates:,}", flush=True)
+            self.printed = now
+        self.log_row(update, row | {"time/updates_per_second": (update - self.marked) / (now - self.mark)})
+
+    def log_episodes(self, update: int, phase: str, episodes: pd.DataFrame, references: tuple) -> None:
+        """An evaluation; `references` are the returns that score 0 and 100, None where unknown."""
+        table = episodes.reset_index(names="episode").assign(update=update, phase=phase)
+        self.record("evaluations", table[["update", "phase", "episode", *episodes]].to_dict("records"))
+        (low, high), means = references, episodes.mean().add_suffix("_mean")
+        result = {"score": math.nan, **means, "return_std": episodes["return"].std(ddof=0)}
+        result["success"] = result.pop("success_mean")
+        if None not in references:
+            result["score"] = 100 * (result["return_mean"] - low) / (high - low)
+        result = {name: float(value) for name, value in result.items()}
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in result.items() if not math.isnan(value))
+        tqdm.write(f"update {update:,}, {phase} evaluation: {shown}")
+        if phase == "final":
+            self.info |= result
+            self.mirror({"update": update, **{f"final/{name}": value for name, value in result.items()}})
+        else:
+            self.log_row(update, {f"eval/{name}": value for name, value in result.items()})
+
+    def log_row(self, update: int, row: dict[str, float]) -> None:
+        """A row of metrics.csv, or more of its last; the clock of updates per second starts again."""
+        self.mark, self.marked = time.perf_counter(), update
+        row = {"update": update, **row, "time/wall_seconds": self.mark - self.began}
+        self.record("metrics", [row])
+        self.mirror(row)
+
+    def mirror(self, row: dict) -> None:
+        """To wandb, which is no record: where it fails, the run goes on without it."""
+        if self.config.wandb_mode == "disabled":
+            return
+        try:
+            import wandb  # takes seconds
+
+            if self.wandb is None:
+                self.note(wandb_id=self.info.get("wandb_id", secrets.token_hex(4)))
+                self.wandb = wandb.init(
+                    project=self.config.wandb_project, group=self.group, name=f"seed-{self.config.seed}",
+                    config=self.info["config"], mode=self.config.wandb_mode, dir=self.folder,
+                    id=self.info["wandb_id"], resume="allow", settings=wandb.Settings(silent=True))
+            self.wandb.log(row, step=row["update"])
+        except Exception as error:
+            print(f"wandb failed, and the run goes on without it: {error!r:.200}", file=sys.stderr)
+            self.config.wandb_mode = "disabled"
+
+    def save_when_due(self, learner) -> None:
+        """A checkpoint every `checkpoint_every` updates, every ten minutes and before Ctrl-C ends the run."""
+        late = time.perf_counter() - self.saved > 600
+        if self.is_due(learner.updates, self.config.checkpoint_every) or late or self.interrupted:
+            self.save(learner)
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def save(self, learner) -> None:
+        """Everything from which the run goes on to the same bits, if it is finite."""
+        parts = {name: part for name, part in vars(learner).items() if hasattr(part, "state_dict")}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        if not all(leaf.isfinite().all() for leaf in leaves(state) if isinstance(leaf, Tensor)):
+            raise Diverged("diverged: weights not finite; lower a learning rate")
+        self.saved = time.perf_counter()
+        checkpoint = {
+            "updates": learner.updates,
+            "state": state,
+            "history": self.history,
+            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            "seconds": self.saved - self.began,
+        }
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        self.write("checkpoint.pt", buffer.getvalue())
+
+    def finish(self) -> None:
+        """Notes what the run came to: the final evaluation, or the last losses where there was none."""
+        table, info = pd.DataFrame(self.history["metrics"]), self.info
+        info["wall_seconds"] = time.perf_counter() - self.began
+        info["updates_per_second"] = table["time/updates_per_second"].median()
+        result = "not evaluated"
+        if "return_mean" in info:
+            kind = "return_mean" if math.isnan(info["score"]) else "score"
+            best = table[f"eval/{kind}"].max()
+            result = f"{kind} {info[kind]:.1f} (best on the way, chosen with the simulator: {best:.1f})"
+            info["best_score"] = table["eval/score"].max()
+        for name, value in info.items():
+            if isinstance(value, float) and math.isnan(value):  # which JSON does not have
+                info[name] = None
+        self.note(status="finished", result=result)
+        print(f"{self.folder}: {result}")
+
+
+def read_saved(file: Path) -> dict:
+    """run.json or checkpoint.pt of a run; an error where it is damaged."""
+    try:
+        if file.suffix == ".json":
+            saved, keys = json.loads(file.read_text()), {"config", "status"}
+        else:
+            damaged = zipfile.ZipFile(file).testzip()  # torch.load does not look at the sums
+            if damaged:
+                raise ValueError(f"{damaged} is damaged")
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            keys = {"updates", "state", "history", "rng", "seconds"}
+        if not keys <= saved.keys():
+            raise ValueError(f"without {', '.join(sorted(keys - saved.keys()))}")
+        return saved
+    except Exception as error:  # json, zipfile, pickle and torch raise whatever they like
+        raise UserError(f"cannot read {file}: {error!r:.150}; remove {file.parent} to start anew") from None
+
+
+def restore(learner, checkpoint: dict) -> None:
+    """Puts the states of a checkpoint into the parts of `learner` that they are named for."""
+    try:
+        for name, state in checkpoint["state"].items():
+            vars(learner)[name].load_state_dict(state)
+        learner.updates = checkpoint["updates"]
+    except Exception as error:  # names and shapes of other code
+        raise UserError(f"the checkpoint does not fit this script: {error!r:.200}") from None
+
+
+def provenance(device: torch.device) -> dict:
+    """Commit (with a + where files differ from it), versions and hardware, as far as they are known here."""
+    here, commit = Path(__file__).resolve().parent, ""
+    if shutil.which("git"):
+        describe = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        found = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False)
+        commit = found.stdout.strip()
+    names = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
+    installed = [(found.name, found.version) for found in importlib.metadata.distributions()]
+    versions = {"python": platform.python_version()} | {name: it for name, it in installed if name in names}
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    hardware = cpuinfo.partition("model name\t: ")[2].partition("\n")[0] or platform.processor()
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    hardware = f"{device.type}: {hardware}"
+    return {"commit": commit, "device": hardware, "threads": torch.get_num_threads(), "versions": versions}
+
+
+# ------------------------------ The command line and its errors ------------------------------
+
+
+class UserError(Exception):
+    """What the user can mend: `main` prints it in one line."""
+
+
+class Diverged(UserError):
+    """A loss or weight that is not finite any more."""
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """Config from the YAML file of `--config_path`, then from `--field value`: pyrallis reads both."""
+    register, infinity = pyrallis.decode.register, math.inf
+    register(int, partial(number, int, 0, 2**32 - 1))
+    register(Count, partial(number, int, 1, infinity))
+    register(float, partial(number, float, -infinity, infinity))
+    register(Size, partial(number, float, 0, infinity))
+    register(Positive, partial(number, float, 1e-6, infinity))
+    register(Share, partial(number, float, 0, 1))
+    register(bool, partial(choice, (True, False)))
+    register(Precision, partial(choice, ("highest", "high", "medium")))
+    register(WandbMode, partial(choice, ("offline", "online", "disabled")))
+    register(str, text)
+    register(Config, decode_config)
+    with mock.patch("inspect.getsource", functools.cache(inspect.getsource)):  # pyrallis asks field by field
+        parser = pyrallis.argparsing.ArgumentParser(Config, allow_abbrev=False, exit_on_error=False)
+    try:
+        config, unknown = parser.parse_known_args(arguments)
+        for word in unknown:
+            decode_config({word.lstrip("-").partition("=")[0]: None})
+    except UserError:
+        raise
+    except Exception as error:  # argparse, yaml and the disk have no error in common
+        raise UserError(f"cannot read the config: {error}; see --help") from None
+    return config
+
+
+def decode_config(values: dict) -> Config:
+    """A Config of what pyrallis has read; an error that names the field, or the nearest one."""
+    kinds, decoded = {field.name: field.type for field in dataclasses.fields(Config)}, {}
+    for name, value in values.items():
+        if name not in kinds:
+            near = difflib.get_close_matches(str(name), kinds, 1)
+            advice = f"did you mean {near[0]}?" if near else "see --help"
+            raise UserError(f"unknown field {name}: {advice}")
+        try:
+            decoded[name] = pyrallis.decode(kinds[name], value)
+        except Exception as error:
+            raise UserError(f"{name}: {error}") from None
+    return Config(**decoded)
+
+
+def number(kind: type, low: float, high: float, value) -> int | float:
+    """`value` as an int or a float within limits: 1e6 is an int, 2.5 and true are none."""
+    found = math.nan if isinstance(value, bool) else float(value)
+    if not (math.isfinite(found) and low <= found <= high) or found != kind(found):
+        raise ValueError(f"{value!r} is not {kind.__name__} in [{low}, {high}]")
+    return kind(found)
+
+
+def text(value) -> str:
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not text")
+    return str(value)
+
+
+def choice(choices: tuple, value):
+    if type(value) is not type(choices[0]) or value not in choices:
+        raise ValueError(f"{value!r} is not {' or '.join(map(str, choices))}")
+    return value
+
+
+def main(action: Callable[[Config], None]) -> None:
+    """The command line of `action`: what the user can mend ends in one line on stderr."""
+    try:
+        return action(parse_config(sys.argv[1:]))
+    except (UserError, OSError) as error:
+        message, status = f"{error}", 3 if isinstance(error, Diverged) else 2
+    except KeyboardInterrupt:
+        message, status = "interrupted; the same command goes on from what is saved", 130
+    print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main(train)
