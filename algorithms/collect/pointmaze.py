@@ -41,7 +41,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from importlib.metadata import version
@@ -399,6 +399,15 @@ class UserError(Exception):
 
 class Diverged(UserError):
     """A loss or weight that is not finite any more."""
+
+
+@contextlib.contextmanager
+def explain(problem: str, advice: str) -> Iterator[None]:
+    """Whatever is raised inside becomes an error of one line: the problem, what was raised, what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{problem}: {error!r:.200}; {advice}") from None
 
 
 def parse_config(arguments: list[str]) -> Config:

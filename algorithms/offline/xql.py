@@ -23,7 +23,6 @@ import contextlib
 import copy
 import dataclasses
 import difflib
-import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -31,16 +30,15 @@ import io
 import json
 import math
 import os
-import platform
-import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NewType, Optional
 from unittest import mock
@@ -55,7 +53,6 @@ import psutil
 import pyrallis
 import torch
 import yaml
-from minari.storage import get_dataset_path
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -308,7 +305,7 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """One step down the gradient of `loss` for the parameters of `optimizer` and no others."""
     parameters = optimizer.param_groups[0]["params"]
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-        parameter.grad = gradient
+        parameter.grad = gradient.contiguous()  # fused Adam takes no account of strides
     optimizer.step()
 
 
@@ -325,10 +322,8 @@ def set_up_torch(config: Config) -> torch.device:
     torch.set_float32_matmul_precision(config.precision)
     torch.set_flush_denormal(True)  # Adam's moments of idle weights end in denormals: slow to compute with
     auto = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with explain(f"device: cannot use {config.device}", "see --device"):
         return torch.zeros(1, device=auto if config.device == "auto" else config.device).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device: cannot use {config.device}: {error!r:.100}") from None
 
 
 def compile_methods(learner, *names: str) -> bool:
@@ -348,24 +343,20 @@ def compile_methods(learner, *names: str) -> bool:
 
 def load_dataset(name: str) -> minari.MinariDataset:
     """The dataset on this machine, else from the Minari hub; says which."""
-    local, ours = (get_dataset_path(name) / "data").exists(), name.startswith("reef/")
-    try:
+    local, ours = (minari.storage.get_dataset_path(name) / "data").exists(), name.startswith("reef/")
+    advice = f"make it: make dataset ID={name}" if ours else f"see minari list remote, minari download {name}"
+    configs = Path(__file__).resolve().parent / "../../configs"
+    known = {"/".join(file.with_suffix("").parts[-3:]) for file in configs.glob("*/*/*/*/*.yaml")}
+    near = difflib.get_close_matches(name, known - {name}, 2)
+    if local:
+        advice = f"minari delete {name}, then get it anew ({advice})"
+    elif near:
+        advice = f"did you mean {' or '.join(near)}? Else {advice}"
+    with explain(f"cannot load {name}", advice):
         if not local and not ours:  # ask once: the hub's client would ask for half a minute
             huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=4)
         dataset = minari.load_dataset(name, download=not ours)
         list(dataset.storage.get_episode_metadata(dataset.episode_indices[-1:]))  # is the file whole?
-    except Exception as error:  # the hub's client raises whatever its transport does
-        advice = f"see `minari list remote`, or try minari download {name}"
-        if ours:
-            advice = f"make it: make dataset ID={name}"
-        if local:
-            advice = f"minari delete {name}, then {advice}"
-        configs = Path(__file__).resolve().parent / "../../configs"
-        known = {"/".join(file.with_suffix("").parts[-3:]) for file in configs.glob("*/*/*/*/*.yaml")}
-        near = " or ".join(difflib.get_close_matches(name, known - {name}, 2))
-        if near and not local:
-            advice = f"did you mean {near}? Else {advice}"
-        raise UserError(f"cannot load {name}: {error!r:.200}; {advice}") from None
     source = "on this machine" if local else "from the Minari hub"
     print(f"{name}, {source}: {dataset.total_episodes:,} episodes, {dataset.total_steps:,} steps")
     return dataset
@@ -377,9 +368,8 @@ def read_episodes(dataset: minari.MinariDataset) -> tuple[list[dict[str, np.ndar
     An episode of T steps has observations [T + 1, obs_dim], actions [T, act_dim], rewards and terminations
     [T]. A truncation is no termination.
     """
-    shapes = {"observations": [space.shape for space in leaves(dataset.observation_space)]}
-    shapes["actions"] = [space.shape for space in leaves(dataset.action_space)]
-    shapes |= {"rewards": [()], "terminations": [()]}
+    shapes = {"observations": vector_shapes(dataset.observation_space)}
+    shapes |= {"actions": vector_shapes(dataset.action_space), "rewards": [()], "terminations": [()]}
     episodes, digest = [], hashlib.sha256()
     for recorded in dataset.iterate_episodes():
         where, steps = f"{dataset.id}, episode {recorded.id}", len(recorded.rewards)
@@ -400,12 +390,12 @@ def read_episodes(dataset: minari.MinariDataset) -> tuple[list[dict[str, np.ndar
 
 def check_memory(dataset: minari.MinariDataset, device: torch.device) -> None:
     """An error where three copies in float32 do not fit: episodes, transitions, one on the way."""
-    width = 2 * flat_dim(dataset.observation_space) + flat_dim(dataset.action_space) + 2
-    needed, free = 12 * width * dataset.total_steps, psutil.virtual_memory().available
-    group = Path("/sys/fs/cgroup")  # of a container, which may have a limit of its own
-    if (group / "memory.max").exists() and (group / "memory.max").read_text() != "max\n":
-        usage = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free = min(free, int((group / "memory.max").read_text()) - int(usage["anon"]))
+    spaces = dataset.observation_space, dataset.observation_space, dataset.action_space
+    needed = 12 * dataset.total_steps * (sum(map(gym.spaces.flatdim, spaces)) + 2)
+    free, limit = psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.max")  # a container's
+    if limit.exists() and limit.read_text() != "max\n":
+        usage = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+        free = min(free, int(limit.read_text()) - int(usage["anon"]))
     if device.type == "cuda":
         free = min(free, torch.cuda.mem_get_info(device)[0])
     if needed > free:
@@ -424,12 +414,12 @@ def flatten(tree) -> np.ndarray:
     return np.concatenate([np.asarray(leaf, np.float32) for leaf in leaves(tree)], axis=-1)
 
 
-def flat_dim(space: gym.Space) -> int:
-    """Length of the vector that `flatten` makes of an element of `space`."""
+def vector_shapes(space: gym.Space) -> list[tuple]:
+    """Shapes of the vectors that an element of `space` consists of."""
     for leaf in leaves(space):
         if not isinstance(leaf, gym.spaces.Box) or len(leaf.shape) != 1:
             raise UserError(f"this script is not for {leaf}: it takes vectors (Box)")
-    return sum(leaf.shape[0] for leaf in leaves(space))
+    return [leaf.shape for leaf in leaves(space)]
 
 
 class Scaler(nn.Module):
@@ -513,21 +503,25 @@ def make_environments(dataset: minari.MinariDataset, name: str | None) -> gym.ve
     if spec is None:
         print("no environment to evaluate in (see --environment)")
         return None
-    mode = gym.vector.AutoresetMode.SAME_STEP
-    kwargs = {"autoreset_mode": mode, "copy": False}
+    kwargs = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False}
     make = partial(gym.make_vec, num_envs=10, vectorization_mode="sync", vector_kwargs=kwargs)
-    try:
-        environments = make(spec)
-        print(f"evaluated in {name or spec.id}")
-    except Exception as error:  # environments raise whatever they like
-        if name or not spec.additional_wrappers:
-            problem = f"cannot make {name or spec.id}: {error!r:.200}"
-            raise UserError(f"{problem}; name one to evaluate in with --environment") from None
-        environments = make(dataclasses.replace(spec, additional_wrappers=()))
-        print(f"evaluated in {spec.id}, without its recorded wrappers: {error!r:.100}")
-    spaces = environments.single_observation_space, environments.single_action_space
-    ours = flat_dim(dataset.observation_space), flat_dim(dataset.action_space)
-    theirs = tuple(map(flat_dim, spaces))
+    said = f"evaluated in {name or spec.id}"
+    with (
+        explain(f"cannot make {name or spec.id}", "name one to evaluate in with --environment"),
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch("tempfile.tempdir", folder),  # where mazes leave an XML file each
+    ):
+        try:
+            environments = make(spec)
+        except Exception as error:
+            if name or not spec.additional_wrappers:
+                raise
+            environments = make(dataclasses.replace(spec, additional_wrappers=()))
+            said += f", without its recorded wrappers: {error!r:.100}"
+    print(said)
+    theirs = environments.single_observation_space, environments.single_action_space
+    ours = dataset.observation_space, dataset.action_space
+    ours, theirs = tuple(map(gym.spaces.flatdim, ours)), tuple(map(gym.spaces.flatdim, theirs))
     if ours != theirs:
         problem = f"observations and actions are of sizes {ours} in {dataset.id}, {theirs} in the environment"
         raise UserError(f"{problem}: name one that fits with --environment")
@@ -585,17 +579,23 @@ class Run:
             raise UserError(f"{self.group} would lead out of its folder: mend the variant or the dataset")
         self.folder = Path(config.output_dir, script.parent.name, self.group, f"seed-{config.seed}")
         self.lock = filelock.FileLock(self.folder / "lock", timeout=0)
-        self.info, self.history = {}, {"metrics": [], "evaluations": []}
+        self.metrics, self.evaluations = {}, []  # rows of the CSV files, those of metrics by their update
         self.wandb, self.interrupted = None, False
-        if (self.folder / "run.json").exists():
-            self.info = read_saved(self.folder / "run.json")
-            old, new = self.info["config"], dataclasses.asdict(config)
-            changed = [name for name in new if name not in self.FREE and old.get(name) != new[name]]
-            if changed:
-                fields = ", ".join(f"{name} {old.get(name)} -> {new[name]}" for name in changed)
-                raise UserError(f"{self.folder} is a run of another config: {fields}; take another --variant")
-            if self.info["status"] == "diverged":
-                raise Diverged(f"{self.folder} has {self.info['result']}, under another --variant")
+        self.info = self.read_info()
+
+    def read_info(self) -> dict:
+        """run.json of earlier starts, if this run may go on from them; empty before the first."""
+        if not (self.folder / "run.json").exists():
+            return {}
+        info, new = read_saved(self.folder / "run.json"), dataclasses.asdict(self.config)
+        old = info["config"]
+        changed = [name for name in new if name not in self.FREE and old.get(name) != new[name]]
+        if changed:
+            fields = ", ".join(f"{name} {old.get(name)} -> {new[name]}" for name in changed)
+            raise UserError(f"{self.folder} is a run of another config: {fields}; take another --variant")
+        if info["status"] == "diverged":
+            raise Diverged(f"{self.folder} has {info['result']}, under another --variant")
+        return info
 
     @contextlib.contextmanager
     def start(self, learner, **facts):
@@ -604,17 +604,17 @@ class Run:
             self.lock.acquire()
         except filelock.Timeout:
             raise UserError(f"another process is at work in {self.folder}") from None
-        seconds = 0.0
+        self.info, seconds = self.read_info(), 0.0
         if (self.folder / "checkpoint.pt").exists():
             checkpoint = read_saved(self.folder / "checkpoint.pt")
             restore(learner, checkpoint)
-            self.history, seconds = checkpoint["history"], checkpoint["seconds"]
-            torch.set_rng_state(checkpoint["rng"]["cpu"])
-            torch.cuda.set_rng_state_all(checkpoint["rng"]["cuda"])
+            self.metrics, self.evaluations = checkpoint["metrics"], checkpoint["evaluations"]
+            seconds = checkpoint["seconds"]
+            torch.set_rng_state(checkpoint["rng"])
+            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
             print(f"resumed at update {learner.updates:,}")
-            for key, value in facts.items():
-                if self.info.get(key) != value:
-                    print(f"resumed with {key} {value}, begun with {self.info.get(key)}: maybe other bits")
+            for key in [key for key in facts if self.info.get(key) != facts[key]]:
+                print(f"resumed with {key} {facts[key]}, begun with {self.info.get(key)}: maybe other bits")
             commits = [*self.info.get("commit", "").split(), facts["commit"]]
             facts["commit"] = " ".join(dict.fromkeys(commits))  # every one that took part
         self.saved = self.printed = self.mark = time.perf_counter()
@@ -623,15 +623,13 @@ class Run:
         identity = json.dumps({name: value for name, value in config.items() if name not in self.FREE})
         facts["config_hash"] = hashlib.sha256(identity.encode()).hexdigest()
         self.write("config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
-        self.note(status="running", config=config, **facts)
-        for name in self.history:
-            self.record(name, [])
+        self.note(status="running", result="not finished", config=config, **facts)
+        self.write_tables()
         handler = signal.signal(signal.SIGINT, self.interrupt)
         try:
             yield
         except Exception as error:  # after Ctrl-C the status is still running
-            status = "diverged" if isinstance(error, Diverged) else "failed"
-            self.note(status=status, result=f"{error}"[:300])
+            self.note(status="diverged" if isinstance(error, Diverged) else "failed", result=f"{error}"[:300])
             raise
         finally:
             signal.signal(signal.SIGINT, handler)
@@ -639,6 +637,7 @@ class Run:
 
     def interrupt(self, *_) -> None:
         """Ctrl-C: the run ends when the update under way is done and saved; a second one ends it at once."""
+        print("\nends after the update under way, which is saved", flush=True)
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -657,55 +656,51 @@ class Run:
         self.info |= info
         self.write("run.json", json.dumps(self.info, indent=1).encode())
 
-    def record(self, name: str, rows: list[dict]) -> None:
-        """Adds rows to metrics.csv or evaluations.csv; of one update there is one row of metrics."""
-        history = self.history[name]
-        for row in rows:
-            if name == "metrics" and history and history[-1]["update"] == row["update"]:
-                row = history.pop() | row
-            history.append(row)
-        table = pd.DataFrame(history, columns=None if history else ["update"])
-        self.write(f"{name}.csv", table.to_csv(index=False).encode())
+    def write_tables(self) -> None:
+        """metrics.csv, a row an update, and evaluations.csv, a row an episode."""
+        for name, rows in {"metrics": [*self.metrics.values()], "evaluations": self.evaluations}.items():
+            table = pd.DataFrame(rows, columns=None if rows else ["update"])
+            self.write(f"{name}.csv", table.to_csv(index=False).encode())
 
     def is_due(self, update: int, every: int) -> bool:
         return update % every == 0 or update == self.config.updates
 
     def log(self, update: int, metrics: Mapping[str, Tensor | float]) -> None:
-        """Metrics of training at this update; where one is not finite, the run ends."""
-        row = {name: float(value) for name, value in metrics.items()}
+        """More of this update's row in metrics.csv; where a value is not finite, the run ends."""
+        row = {"update": update, **{name: float(value) for name, value in metrics.items()}}
         lost = ", ".join(name for name, value in row.items() if not math.isfinite(value))
         if lost:
             raise Diverged(f"diverged by update {update}: {lost} not finite; lower a learning rate")
         now = time.perf_counter()
-        if not sys.stderr.isatty() and now - self.printed > 60:  # there is no progress bar
+        if now - self.printed > 60 and not sys.stderr.isatty():  # there is no progress bar
             print(f"update {update:,} of {self.config.updates:,}", flush=True)
             self.printed = now
-        self.log_row(update, row | {"time/updates_per_second": (update - self.marked) / (now - self.mark)})
+        if update > self.marked:  # evaluations do not count
+            row["time/updates_per_second"] = (update - self.marked) / (now - self.mark)
+        row["time/wall_seconds"] = now - self.began
+        self.metrics[update] = self.metrics.get(update, {}) | row
+        self.write_tables()
+        self.mirror(row)
+        self.mark, self.marked = time.perf_counter(), update
 
     def log_episodes(self, update: int, phase: str, episodes: pd.DataFrame, references: tuple) -> None:
         """An evaluation; `references` are the returns that score 0 and 100, None where unknown."""
         table = episodes.reset_index(names="episode").assign(update=update, phase=phase)
-        self.record("evaluations", table[["update", "phase", "episode", *episodes]].to_dict("records"))
-        (low, high), means = references, episodes.mean().add_suffix("_mean")
-        result = {"score": math.nan, **means, "return_std": episodes["return"].std(ddof=0)}
-        result["success"] = result.pop("success_mean")
+        self.evaluations += table[["update", "phase", "episode", *episodes]].to_dict("records")
+        (low, high), mean = references, episodes.mean().tolist()
+        result = {"score": math.nan, "return_mean": mean[0], "return_std": episodes["return"].std(ddof=0)}
         if None not in references:
-            result["score"] = 100 * (result["return_mean"] - low) / (high - low)
-        result = {name: float(value) for name, value in result.items()}
-        shown = ", ".join(f"{name} {value:.2f}" for name, value in result.items() if not math.isnan(value))
+            result["score"] = 100 * (mean[0] - low) / (high - low)
+        result |= {"length_mean": mean[1], "success": mean[2]}
+        known = {name: float(value) for name, value in result.items() if not math.isnan(value)}
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in known.items())
         tqdm.write(f"update {update:,}, {phase} evaluation: {shown}")
         if phase == "final":
-            self.info |= result
-            self.mirror({"update": update, **{f"final/{name}": value for name, value in result.items()}})
+            self.info |= dict.fromkeys(result) | known  # null where unknown
+            self.write_tables()
+            self.mirror({"update": update, **{f"final/{name}": value for name, value in known.items()}})
         else:
-            self.log_row(update, {f"eval/{name}": value for name, value in result.items()})
-
-    def log_row(self, update: int, row: dict[str, float]) -> None:
-        """A row of metrics.csv, or more of its last; the clock of updates per second starts again."""
-        self.mark, self.marked = time.perf_counter(), update
-        row = {"update": update, **row, "time/wall_seconds": self.mark - self.began}
-        self.record("metrics", [row])
-        self.mirror(row)
+            self.log(update, {f"eval/{name}": value for name, value in known.items()})
 
     def mirror(self, row: dict) -> None:
         """To wandb, which is no record: where it fails, the run goes on without it."""
@@ -715,7 +710,7 @@ class Run:
             import wandb  # takes seconds
 
             if self.wandb is None:
-                self.note(wandb_id=self.info.get("wandb_id", secrets.token_hex(4)))
+                self.note(wandb_id=self.info.get("wandb_id", os.urandom(4).hex()))
                 self.wandb = wandb.init(
                     project=self.config.wandb_project, group=self.group, name=f"seed-{self.config.seed}",
                     config=self.info["config"], mode=self.config.wandb_mode, dir=self.folder,
@@ -740,61 +735,49 @@ class Run:
         if not all(leaf.isfinite().all() for leaf in leaves(state) if isinstance(leaf, Tensor)):
             raise Diverged("diverged: weights not finite; lower a learning rate")
         self.saved = time.perf_counter()
-        checkpoint = {
-            "updates": learner.updates,
-            "state": state,
-            "history": self.history,
-            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
-            "seconds": self.saved - self.began,
-        }
+        rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        tables = {"metrics": self.metrics, "evaluations": self.evaluations}
+        checkpoint = {"updates": learner.updates, "state": state, "seconds": self.saved - self.began}
         buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
+        torch.save(checkpoint | rng | tables, buffer)
         self.write("checkpoint.pt", buffer.getvalue())
 
     def finish(self) -> None:
-        """Notes what the run came to: the final evaluation, or the last losses where there was none."""
-        table, info = pd.DataFrame(self.history["metrics"]), self.info
-        info["wall_seconds"] = time.perf_counter() - self.began
-        info["updates_per_second"] = table["time/updates_per_second"].median()
-        result = "not evaluated"
-        if "return_mean" in info:
-            kind = "return_mean" if math.isnan(info["score"]) else "score"
+        """Notes what the run came to: its final evaluation, if there was one, and the best on the way."""
+        table, result = pd.DataFrame(self.metrics.values()), "not evaluated"
+        if "score" in self.info:
+            kind = "return_mean" if self.info["score"] is None else "score"
             best = table[f"eval/{kind}"].max()
-            result = f"{kind} {info[kind]:.1f} (best on the way, chosen with the simulator: {best:.1f})"
-            info["best_score"] = table["eval/score"].max()
-        for name, value in info.items():
-            if isinstance(value, float) and math.isnan(value):  # which JSON does not have
-                info[name] = None
-        self.note(status="finished", result=result)
+            self.info["best_score"] = best if kind == "score" else None
+            result = f"{kind} {self.info[kind]:.1f} (best on the way, chosen with the simulator: {best:.1f})"
+        speed, seconds = table["time/updates_per_second"].median(), time.perf_counter() - self.began
+        self.note(status="finished", result=result, wall_seconds=seconds, updates_per_second=speed)
         print(f"{self.folder}: {result}")
 
 
 def read_saved(file: Path) -> dict:
     """run.json or checkpoint.pt of a run; an error where it is damaged."""
-    try:
+    with explain(f"cannot read {file}", f"remove {file.parent} to start anew"):
         if file.suffix == ".json":
-            saved, keys = json.loads(file.read_text()), {"config", "status"}
+            saved, kinds = json.loads(file.read_text()), {"config": dict, "status": str, "result": str}
         else:
             damaged = zipfile.ZipFile(file).testzip()  # torch.load does not look at the sums
             if damaged:
                 raise ValueError(f"{damaged} is damaged")
             saved = torch.load(file, map_location="cpu", weights_only=True)
-            keys = {"updates", "state", "history", "rng", "seconds"}
-        if not keys <= saved.keys():
-            raise ValueError(f"without {', '.join(sorted(keys - saved.keys()))}")
-        return saved
-    except Exception as error:  # json, zipfile, pickle and torch raise whatever they like
-        raise UserError(f"cannot read {file}: {error!r:.150}; remove {file.parent} to start anew") from None
+            kinds = {"updates": int, "state": dict, "metrics": dict, "evaluations": list, "seconds": float}
+        wrong = [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]
+        if wrong:
+            raise ValueError(f"no {' and no '.join(wrong)}")
+    return saved
 
 
 def restore(learner, checkpoint: dict) -> None:
     """Puts the states of a checkpoint into the parts of `learner` that they are named for."""
-    try:
+    with explain("the checkpoint does not fit this script", "take the commit that run.json names"):
         for name, state in checkpoint["state"].items():
             vars(learner)[name].load_state_dict(state)
         learner.updates = checkpoint["updates"]
-    except Exception as error:  # names and shapes of other code
-        raise UserError(f"the checkpoint does not fit this script: {error!r:.200}") from None
 
 
 def provenance(device: torch.device) -> dict:
@@ -805,10 +788,11 @@ def provenance(device: torch.device) -> dict:
         found = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False)
         commit = found.stdout.strip()
     names = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
-    installed = [(found.name, found.version) for found in importlib.metadata.distributions()]
-    versions = {"python": platform.python_version()} | {name: it for name, it in installed if name in names}
+    installed = {found.name: found.version for found in importlib.metadata.distributions()}
+    versions = {"python": sys.version.partition(" ")[0]}
+    versions |= {name: installed[name] for name in names if name in installed}
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    hardware = cpuinfo.partition("model name\t: ")[2].partition("\n")[0] or platform.processor()
+    hardware = cpuinfo.partition("model name\t: ")[2].partition("\n")[0]
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     hardware = f"{device.type}: {hardware}"
@@ -826,30 +810,38 @@ class Diverged(UserError):
     """A loss or weight that is not finite any more."""
 
 
+@contextlib.contextmanager
+def explain(problem: str, advice: str) -> Iterator[None]:
+    """Whatever is raised inside becomes an error of one line: the problem, what was raised, what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{problem}: {error!r:.200}; {advice}") from None
+
+
 def parse_config(arguments: list[str]) -> Config:
     """Config from the YAML file of `--config_path`, then from `--field value`: pyrallis reads both."""
-    register, infinity = pyrallis.decode.register, math.inf
+    register = pyrallis.decode.register
     register(int, partial(number, int, 0, 2**32 - 1))
-    register(Count, partial(number, int, 1, infinity))
-    register(float, partial(number, float, -infinity, infinity))
-    register(Size, partial(number, float, 0, infinity))
-    register(Positive, partial(number, float, 1e-6, infinity))
+    register(Count, partial(number, int, 1, math.inf))
+    register(float, partial(number, float, -math.inf, math.inf))
+    register(Size, partial(number, float, 0, math.inf))
+    register(Positive, partial(number, float, 1e-6, math.inf))
     register(Share, partial(number, float, 0, 1))
     register(bool, partial(choice, (True, False)))
     register(Precision, partial(choice, ("highest", "high", "medium")))
     register(WandbMode, partial(choice, ("offline", "online", "disabled")))
     register(str, text)
     register(Config, decode_config)
-    with mock.patch("inspect.getsource", functools.cache(inspect.getsource)):  # pyrallis asks field by field
+    with mock.patch("inspect.getsource", cache(inspect.getsource)):  # pyrallis asks field by field
         parser = pyrallis.argparsing.ArgumentParser(Config, allow_abbrev=False, exit_on_error=False)
     try:
         config, unknown = parser.parse_known_args(arguments)
-        for word in unknown:
-            decode_config({word.lstrip("-").partition("=")[0]: None})
+        decode_config({word.lstrip("-").partition("=")[0]: None for word in unknown})
     except UserError:
         raise
     except Exception as error:  # argparse, yaml and the disk have no error in common
-        raise UserError(f"cannot read the config: {error}; see --help") from None
+        raise UserError(f"cannot read the config, {' '.join(arguments)}: {error}; see --help") from None
     return config
 
 

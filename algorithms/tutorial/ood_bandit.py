@@ -139,7 +139,7 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """One step down the gradient of `loss` for the parameters of `optimizer` and no others."""
     parameters = optimizer.param_groups[0]["params"]
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
-        parameter.grad = gradient
+        parameter.grad = gradient.contiguous()  # fused Adam takes no account of strides
     optimizer.step()
 
 
