@@ -91,7 +91,7 @@ def measure(config, tensors: dict[str, torch.Tensor], update: int) -> dict[str, 
     """Returns of the sampled policy in episodes that no one has selected it by."""
     environments = sac.make_simulators(config.environment, 10)
     space = environments.single_action_space
-    obs_dim = sac.flat_dim(environments.single_observation_space)
+    obs_dim = sac.gym.spaces.flatdim(environments.single_observation_space)
     policy = sac.SAC(config, sac.Scaler(np.zeros(obs_dim), np.ones(obs_dim), space.low, space.high))
     policy.actor.load_state_dict(tensors)
     returns = sac.evaluate(policy.explore, environments, EPISODES, (config.seed, update, PHASE))["return"]

@@ -109,6 +109,9 @@ def test_actor_loss(batch, rows, awac_lambda):
     oracle = partial(weighted_likelihood, rows=rows, weight=weight)
     assert_loss_and_gradient(loss, learner.actor, oracle, [learner.critic, learner.target_critic])
     assert metrics["actor/weight"].item() == pytest.approx(weight.mean(), rel=1e-5)
+    effective = weight.sum() ** 2 / (len(weight) * (weight**2).sum())
+    assert metrics["actor/effective_share"].item() == pytest.approx(effective, rel=1e-3)
+    assert metrics["actor/capped_share"].item() == pytest.approx((weight >= 100).mean())
 
 
 class OfActions(torch.nn.Module):

@@ -391,3 +391,9 @@ def test_actions_at_a_bound_are_not_clipped(scripts, minari_root, capsys):
     _, data = load(script, dataset)
     assert capsys.readouterr().out.startswith("0.00% of the action entries")
     assert data["actions"].flatten().tolist() == [-1, 1]
+
+
+def test_the_mean_return_to_go_is_that_of_every_step(td3_bc):
+    episodes = [{"rewards": np.float32([1, 0, 4])}, {"rewards": np.float32([2])}]
+    assert td3_bc.mean_return_to_go(episodes, 0.5) == pytest.approx((2 + 2 + 4 + 2) / 4)
+    assert td3_bc.mean_return_to_go(episodes, 0.0) == pytest.approx(7 / 4)

@@ -170,6 +170,9 @@ def test_actor_loss(batch, rows, beta):
     loss, metrics = learner.actor_loss(batch)
     assert_loss_and_gradient(loss, learner.actor, oracle, others)
     assert metrics["actor/weight"].item() == pytest.approx(weight.mean(), rel=1e-4)
+    effective = weight.sum() ** 2 / (len(weight) * (weight**2).sum())
+    assert metrics["actor/effective_share"].item() == pytest.approx(effective, rel=1e-3)
+    assert metrics["actor/capped_share"].item() == pytest.approx((weight >= 100).mean())
 
 
 @pytest.mark.equation(2, 3)

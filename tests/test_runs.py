@@ -440,7 +440,9 @@ def test_what_a_run_folder_holds(scripts, finished, pendulum, name):
     assert info["updates_per_second"] == pytest.approx(metrics["time/updates_per_second"].median())
     expected = {"actor/loss", "actor/support_gap", *SPEED}
     expected |= {f"eval/{key}" for key in ("score", "return_mean", "return_std", "length_mean")}
-    assert expected | ({"critic/loss", "critic/q_mean"} if name not in {"bc", "dt"} else set()) <= {*metrics}
+    if name not in {"bc", "dt"}:
+        expected |= {"critic/loss", "critic/q_mean", "critic/data_return"}
+    assert expected <= {*metrics}
 
 
 def test_the_commit_of_the_script(tmp_path):

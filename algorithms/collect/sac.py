@@ -11,7 +11,7 @@ actor's weights in half precision. Evaluations sample from the policy, as collec
   (5)  Q' <- Q' + tau (Q - Q')
 
 Differences from the paper: an update follows a step in each of several environments, where the paper takes
-one step in one; critics learn faster than the actor.
+one step in one; the critics' step size is larger than the actor's.
 
 The same seed gives the same bits on the same machine, unless the run was resumed: a checkpoint holds no
 replay buffer, and a resumed run first fills a new one with refill_steps of the ladder's policies and its own.
@@ -329,7 +329,7 @@ def make_simulators(name: str, count: int) -> gym.vector.VectorEnv:
     space = simulators.single_action_space
     vector_shapes(simulators.single_observation_space)
     vector_shapes(space)
-    if not np.isfinite([space.low, space.high]).all():
+    if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
         raise UserError(f"environment: the actions of {name} are no vectors with bounds: {space}")
     return simulators
 

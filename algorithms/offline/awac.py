@@ -135,7 +135,7 @@ class AWAC:
             weight = (advantage / self.config.awac_lambda).exp().clamp(max=100)  # [B]
         log_prob = self.actor.log_prob(batch["observations"], batch["actions"])  # [B]
         loss = -(weight * log_prob).mean()  # (4)
-        return loss, {"actor/loss": loss.detach(), "actor/weight": weight.mean()}
+        return loss, {"actor/loss": loss.detach(), **weight_metrics(weight, cap=100)}
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         self.updates += 1
@@ -151,6 +151,13 @@ class AWAC:
         """Raw observations [..., obs_dim], or Dicts -> mean actions [..., act_dim] in environment units."""
         mean = self.actor(self.scaler.scale_observations(observations))
         return self.scaler.unscale_actions(mean.clamp(-1, 1))
+
+
+def weight_metrics(weight: Tensor, cap: float) -> dict[str, Tensor]:
+    """Of the weights [B] of imitation: their mean, the share of rows that count, and of those at the cap."""
+    share = weight.sum().square() / (len(weight) * weight.square().sum()).clamp(min=1e-30)
+    capped = (weight >= cap).float().mean()
+    return {"actor/weight": weight.mean(), "actor/effective_share": share, "actor/capped_share": capped}
 
 
 # -------------------------------------------- Networks --------------------------------------------
@@ -238,6 +245,7 @@ def train(config: Config) -> None:
     action_space = environments.single_action_space if environments else dataset.action_space
     scaler = fit_scaler(episodes, action_space, config.normalize_states).to(device)
     data = transitions(episodes, scaler)
+    seen = {"critic/data_return": mean_return_to_go(episodes, config.discount)}  # beside critic/q_mean
     known = dataset.storage.metadata
     references = known.get("ref_min_score", config.ref_min), known.get("ref_max_score", config.ref_max)
 
@@ -249,7 +257,8 @@ def train(config: Config) -> None:
         for update in tqdm(numbers, initial=learner.updates, total=config.updates, disable=None):
             metrics = learner.update(next(batches))
             if run.is_due(update, config.log_every):
-                run.log(update, metrics | {"actor/support_gap": support_gap(learner.act, data, scaler)})
+                gap = {"actor/support_gap": support_gap(learner.act, data, scaler)}
+                run.log(update, metrics | gap | seen)
             if run.is_due(update, config.eval_every) and environments:
                 table = evaluate(learner.act, environments, config.eval_episodes, (config.seed, update, 0))
                 run.log_episodes(update, "training", table, references)
@@ -451,6 +460,17 @@ def scale_rewards(episodes: list, scale: float, shift: float, normalize: bool) -
         scale *= 1000 / max(np.ptp(returns), 1e-6)
     for episode in episodes:
         episode["rewards"] = np.float32(scale * episode["rewards"] + shift)
+
+
+def mean_return_to_go(episodes: list, discount: float) -> float:
+    """Mean over all steps of the discounted return from there to the end of what was recorded."""
+    to_go = []
+    for episode in episodes:
+        following = 0.0
+        for reward in reversed(episode["rewards"].tolist()):
+            following = reward + discount * following
+            to_go.append(following)
+    return float(np.mean(to_go))
 
 
 def draw_batches(data: dict[str, Tensor], batch_size: int, seed: int, update: int) -> Iterator[dict]:

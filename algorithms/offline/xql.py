@@ -1,20 +1,17 @@
 """XQL: extreme Q-learning, maximum-entropy RL without entropy (Garg et al., 2023, arXiv:2301.02328).
 
-As in IQL, V(s) is learned from Q(s, a) over the data's own actions alone. XQL wants their soft maximum, beta
-log mean exp(Q / beta): what regression finds where errors have a Gumbel's distribution, as those of a maximum
-have. Q is fitted to V at the next state; the actor imitates the data, weighted by the exponential advantage.
+IQL with another V(s): the soft maximum of Q(s, a) over the data's own actions, beta log mean exp(Q / beta).
+Regression finds it where errors have a Gumbel's distribution, as those of a maximum have.
 
   (1)  z = min((min_i Q'_i(s, a) - V(s)) / beta, c)                         c: the largest z
   (2)  L_V = mean (e^z - z - 1) / e^m,  m = max(max z, -1)                  m: a number; bounds the gradient
   (3)  A = min_i Q'_i(s, a) - V(s)                                          V as updated by (2)
   (4)  L_pi = -mean min(exp(T A), 100) log pi(a|s)                          pi: Gaussian around a tanh mean
-  (5)  y = r + gamma (1 - d) V(s')                                          d: terminated, not truncated
-  (6)  L_Q = sum_i mean h(Q_i(s, a) - y)                                    h(x): x^2 / 2, linear beyond 20
-  (7)  Q' <- Q' + tau (Q - Q')
+  (5)  y = r + gamma (1 - d) V(s'),  L_Q = sum_i mean h(Q_i(s, a) - y)      d: terminated, not truncated
+  (6)  Q' <- Q' + tau (Q - Q')                                              h(x): x^2 / 2, linear beyond 20
 
-Differences from the paper: an episode cut by a time limit keeps its last transition, which bootstraps from
-that episode's last observation; rewards are scaled only where a config says so; (2) knows neither noise nor
-random actions nor more than one step in an update (options that some of the authors' settings turn on).
+Differences from the paper: an episode cut by a time limit keeps its last transition; rewards are as a config
+says; V learns without noise, random actions, dropout and further steps (options of the authors' code).
 
   python algorithms/offline/xql.py --config_path configs/offline/xql/reef/pointmaze/umaze-v0.yaml
 """
@@ -129,7 +126,7 @@ class XQL:
             q = self.target_critic(batch["observations"], batch["actions"]).amin(0)  # [B]
         value = self.value(batch["observations"]).squeeze(-1)  # [B]
         z = ((q - value) / self.config.beta).clamp(max=self.config.max_z)  # (1) [B]
-        m = z.detach().max().clamp(min=-1)
+        m = z.detach().amax().clamp(min=-1)
         loss = ((z - m).exp() - (z + 1) * (-m).exp()).mean()  # (2)
         return loss, {"value/loss": loss.detach(), "value/mean": value.detach().mean()}
 
@@ -140,17 +137,14 @@ class XQL:
             weight = (self.config.inverse_temperature * advantage).exp().clamp(max=100)  # [B]
         log_prob = self.actor.log_prob(batch["observations"], batch["actions"])  # [B]
         loss = -(weight * log_prob).mean()  # (4)
-        metrics = {"actor/capped_share": (weight == 100).float().mean()}
-        metrics["actor/effective_share"] = weight.mean().square() / weight.square().mean().clamp(min=1e-30)
-        return loss, metrics | {"actor/loss": loss.detach(), "actor/weight": weight.mean()}
+        return loss, {"actor/loss": loss.detach(), **weight_metrics(weight, cap=100)}
 
     def critic_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             next_value = self.value(batch["next_observations"]).squeeze(-1)  # [B]
-            target = batch["rewards"] + self.config.discount * (1 - batch["terminations"]) * next_value  # (5)
+            target = batch["rewards"] + self.config.discount * (1 - batch["terminations"]) * next_value
         q = self.critic(batch["observations"], batch["actions"])  # [2, B]
-        errors = nn.functional.huber_loss(q, target.expand_as(q), reduction="none", delta=20)  # [2, B]
-        loss = errors.mean(1).sum()  # (6)
+        loss = len(q) * nn.functional.huber_loss(q, target.expand_as(q), delta=20)  # (5): of each, the mean
         return loss, {"critic/loss": loss.detach(), "critic/q_mean": q.detach().mean()}
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -162,7 +156,7 @@ class XQL:
         self.actor_schedule.step()
         loss, critic_metrics = self.critic_loss(batch)
         descend(self.critic_optimizer, loss)
-        polyak(self.target_critic, self.critic, self.config.tau)  # (7)
+        polyak(self.target_critic, self.critic, self.config.tau)  # (6)
         return critic_metrics | value_metrics | actor_metrics
 
     @torch.inference_mode()
@@ -172,6 +166,13 @@ class XQL:
         actions = self.scaler.unscale_actions(self.actor(self.scaler.scale_observations(observations)))
         self.actor.train()
         return actions
+
+
+def weight_metrics(weight: Tensor, cap: float) -> dict[str, Tensor]:
+    """Of the weights [B] of imitation: their mean, the share of rows that count, and of those at the cap."""
+    share = weight.sum().square() / (len(weight) * weight.square().sum()).clamp(min=1e-30)
+    capped = (weight >= cap).float().mean()
+    return {"actor/weight": weight.mean(), "actor/effective_share": share, "actor/capped_share": capped}
 
 
 # -------------------------------------------- Networks --------------------------------------------
@@ -266,6 +267,7 @@ def train(config: Config) -> None:
     action_space = environments.single_action_space if environments else dataset.action_space
     scaler = fit_scaler(episodes, action_space, config.normalize_states).to(device)
     data = transitions(episodes, scaler)
+    seen = {"critic/data_return": mean_return_to_go(episodes, config.discount)}  # beside critic/q_mean
     known = dataset.storage.metadata
     references = known.get("ref_min_score", config.ref_min), known.get("ref_max_score", config.ref_max)
 
@@ -277,7 +279,8 @@ def train(config: Config) -> None:
         for update in tqdm(numbers, initial=learner.updates, total=config.updates, disable=None):
             metrics = learner.update(next(batches))
             if run.is_due(update, config.log_every):
-                run.log(update, metrics | {"actor/support_gap": support_gap(learner.act, data, scaler)})
+                gap = {"actor/support_gap": support_gap(learner.act, data, scaler)}
+                run.log(update, metrics | gap | seen)
             if run.is_due(update, config.eval_every) and environments:
                 table = evaluate(learner.act, environments, config.eval_episodes, (config.seed, update, 0))
                 run.log_episodes(update, "training", table, references)
@@ -479,6 +482,17 @@ def scale_rewards(episodes: list, scale: float, shift: float, normalize: bool) -
         scale *= 1000 / max(np.ptp(returns), 1e-6)
     for episode in episodes:
         episode["rewards"] = np.float32(scale * episode["rewards"] + shift)
+
+
+def mean_return_to_go(episodes: list, discount: float) -> float:
+    """Mean over all steps of the discounted return from there to the end of what was recorded."""
+    to_go = []
+    for episode in episodes:
+        following = 0.0
+        for reward in reversed(episode["rewards"].tolist()):
+            following = reward + discount * following
+            to_go.append(following)
+    return float(np.mean(to_go))
 
 
 def draw_batches(data: dict[str, Tensor], batch_size: int, seed: int, update: int) -> Iterator[dict]:
