@@ -31,7 +31,7 @@ test: .venv/complete
 
 demo: .venv/complete
 	@$(MAKE) --no-print-directory dataset ID=reef/pointmaze/umaze-v0
-	$(RUN) results/demo.py
+	$(RUN) tools/demo.py
 
 dataset: known-dataset .venv/complete
 	$(RUN) algorithms/collect/$(COLLECTOR).py --config_path configs/collect/$(ID:reef/%=%).yaml
@@ -48,21 +48,21 @@ known-dataset:
 	@:
 
 bench: .venv/complete
-	$(RUN) results/bench.py
+	$(RUN) tools/bench.py
 
 scores: .venv/complete
-	$(RUN) results/scores.py
+	$(RUN) tools/scores.py
 
 report: .venv/complete
-	$(RUN) results/report.py
+	$(RUN) tools/report.py
 
 benchmark-quick: .venv/complete
 	@for id in reef/pointmaze/umaze-v0 reef/pointmaze/medium-v0 reef/hopper/medium-replay-v1; do \
 		$(MAKE) --no-print-directory dataset ID=$$id || exit 1; \
 	done
-	$(RUN) results/benchmark.py configs/benchmark/quick.yaml
-	$(RUN) results/scores.py
-	$(RUN) results/report.py
+	$(RUN) tools/benchmark.py configs/benchmark/quick.yaml
+	$(RUN) tools/scores.py
+	$(RUN) tools/report.py
 
 lint: .venv/complete
 	$(RUN) -m ruff check

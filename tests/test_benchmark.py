@@ -1,4 +1,4 @@
-"""results/benchmark.py: what a matrix means, what is run and what is not, engines, errors, costs."""
+"""tools/benchmark.py: what a matrix means, what is run and what is not, engines, errors, costs."""
 
 import csv
 import dataclasses
@@ -118,8 +118,8 @@ if __name__ == "__main__":
 
 def write_toys(root: Path) -> None:
     """A repository with toys for learners, their configs, and their datasets' folders."""
-    (root / "results").mkdir()
-    shutil.copy(ROOT / "results/benchmark.py", root / "results")
+    (root / "tools").mkdir()
+    shutil.copy(ROOT / "tools/benchmark.py", root / "tools")
     for name in ("offline/toy", "offline/tot", "finetune/toy", "collect/toy"):
         script = root / "algorithms" / f"{name}.py"
         script.parent.mkdir(parents=True, exist_ok=True)
@@ -160,8 +160,8 @@ def write_matrix(root: Path, **fields) -> str:
 
 @pytest.fixture
 def module(root):
-    """results/benchmark.py of that repository."""
-    spec = importlib.util.spec_from_file_location("reef_benchmark", root / "results/benchmark.py")
+    """tools/benchmark.py of that repository."""
+    spec = importlib.util.spec_from_file_location("reef_benchmark", root / "tools/benchmark.py")
     sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[spec.name])
     return sys.modules[spec.name]
@@ -187,7 +187,7 @@ def benchmark(module, monkeypatch, capsys):
 def begin(root: Path, *arguments: str) -> subprocess.Popen:
     """The command line in a process of its own, that hears Ctrl-C; both outputs are in the file output."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
-    command = [sys.executable, str(root / "results/benchmark.py"), *arguments]
+    command = [sys.executable, str(root / "tools/benchmark.py"), *arguments]
     with open(root / "output", "w") as output:
         return subprocess.Popen(command, cwd=root, stdout=output, stderr=output)
 
@@ -413,8 +413,8 @@ def test_other_settings_are_left_to_the_script(root, benchmark):
     assert benchmark(matrix) == (0, "all 1 runs are finished\n", "")
     script = root / "algorithms/offline/toy.py"
     script.write_text(TOY.replace("flag: bool = True", "flag: bool = False"))  # a default counts as well
-    shutil.copy(root / "results/benchmark.py", root / "results/again.py")
-    command = [sys.executable, "results/again.py", matrix]
+    shutil.copy(root / "tools/benchmark.py", root / "tools/again.py")
+    command = [sys.executable, "tools/again.py", matrix]
     done = subprocess.run(command, cwd=root, check=False, capture_output=True, text=True)
     assert done.returncode == 1
     assert "    a run of another config: flag\n" in done.stdout
@@ -597,7 +597,7 @@ def test_what_does_not_end_is_killed(module, monkeypatch):
 def test_runs_hear_ctrl_c_though_a_shell_ignores_it(root):
     """As it does for what it starts in the background."""
     write_matrix(root, algorithms=["toy"], overrides={"pause": 0.1, "updates": 500})
-    command = f"trap '' INT; exec {sys.executable} results/benchmark.py matrix.yaml 2> output"
+    command = f"trap '' INT; exec {sys.executable} tools/benchmark.py matrix.yaml 2> output"
     process = subprocess.Popen(["sh", "-c", command], cwd=root)
     wait_for((place(root) / "checkpoint").exists)
     process.terminate()
@@ -673,7 +673,7 @@ def test_a_folder_that_cannot_be_written(root, benchmark):
 def write_scores(root: Path, *rows: tuple) -> None:
     """Rows of (family, algorithm, dataset, update, phase, wall_seconds)."""
     file = root / "results/scores/some.csv"
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "w", newline="") as stream:
         columns = ["family", "algorithm", "dataset", "update", "phase", "wall_seconds"]
         csv.writer(stream).writerows([columns, *rows])
@@ -816,9 +816,9 @@ def real(root, minari_root, monkeypatch):
 
 def write_real(root: Path, **fields) -> None:
     """A repository with BC and TD3+BC, and configs for the pendulum of conftest.py."""
-    for folder in ("results", "algorithms/offline"):
+    for folder in ("tools", "algorithms/offline"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    shutil.copy(ROOT / "results/benchmark.py", root / "results")
+    shutil.copy(ROOT / "tools/benchmark.py", root / "tools")
     arguments = short("test/pendulum/random-v0", root, **fields)
     values = dict(word.removeprefix("--").split("=", 1) for word in arguments)
     values = {name: value for name, value in values.items() if name not in ("output_dir", "threads")}
@@ -863,8 +863,8 @@ def test_scripts_are_read_as_they_are(module, scripts):
         defaults, free = module.read_script(ROOT / f"algorithms/offline/{name}.py")
         assert defaults == dataclasses.asdict(script.Config())
         assert free == {*script.Run.FREE}
-    assert runpy.run_path(str(ROOT / "results/scores.py"))["FREE"] == module.UNNAMED | {"seed"}
-    command = [sys.executable, "-X", "importtime", "results/benchmark.py", "--help"]
+    assert runpy.run_path(str(ROOT / "tools/scores.py"))["FREE"] | {"updates"} == module.UNNAMED | {"seed"}
+    command = [sys.executable, "-X", "importtime", "tools/benchmark.py", "--help"]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert not {"torch", "ray", "wandb", "pandas"} & imported
@@ -910,8 +910,8 @@ def test_a_sweep_is_the_same_runs(root, benchmark, monkeypatch):
 
 @pytest.fixture(scope="module")
 def ours():
-    """results/benchmark.py as it stands in the repository."""
-    spec = importlib.util.spec_from_file_location("reef_benchmark_itself", ROOT / "results/benchmark.py")
+    """tools/benchmark.py as it stands in the repository."""
+    spec = importlib.util.spec_from_file_location("reef_benchmark_itself", ROOT / "tools/benchmark.py")
     sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[spec.name])
     return sys.modules[spec.name]

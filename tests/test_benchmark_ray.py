@@ -1,4 +1,4 @@
-"""results/benchmark.py on Ray: one of two nodes is killed in the middle, and the results keep their bits."""
+"""tools/benchmark.py on Ray: one of two nodes is killed in the middle, and the results keep their bits."""
 
 import contextlib
 import os

@@ -4,7 +4,6 @@ numbers in closed form, what an update moves, and resuming.
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -476,6 +475,6 @@ def test_configs_have_the_published_settings_of_their_domain():
         assert (config.cql_weight, config.actor_lr, config.critic_lr) == (*expected, 3e-4), file
         assert config.reward_scale == (10.0 if dataset.startswith("reef/pointmaze") else 1.0), file
         assert config.lagrange_gap == (5.0 if dataset.startswith("D4RL/pointmaze") else None), file
-        assert config.normalize_rewards == (Path(dataset).parts[-2:] in [("hopper", "medium-v0"), ("hopper", "medium-v1")]), file
+        assert config.normalize_rewards == ("/hopper/medium-v" in dataset), file
         assert (config.hidden_layers, config.hidden_dim, config.cql_actions) == (3, 256, 10)
         assert (config.normalize_states, config.max_target_backup) == (True, False)

@@ -1,4 +1,4 @@
-"""results/datasets.py: a card's numbers against hand-made data, hashes, odd kinds of datasets, errors."""
+"""tools/datasets.py: a card's numbers against hand-made data, hashes, odd kinds of datasets, errors."""
 
 import hashlib
 import importlib.util
@@ -30,8 +30,8 @@ BOX = gym.spaces.Box(-1, 3, (2,), np.float32)
 
 @pytest.fixture(scope="module")
 def script():
-    """results/datasets.py."""
-    spec = importlib.util.spec_from_file_location("reef_datasets", ROOT / "results/datasets.py")
+    """tools/datasets.py."""
+    spec = importlib.util.spec_from_file_location("reef_datasets", ROOT / "tools/datasets.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -537,7 +537,7 @@ def test_a_full_disk_leaves_nothing(store, call, tmp_path, monkeypatch):
 
 
 def test_the_status_and_the_line_reach_the_shell(root, tmp_path):
-    words = [sys.executable, ROOT / "results/datasets.py", "nowhere-v0", "--output", tmp_path / "cards"]
+    words = [sys.executable, ROOT / "tools/datasets.py", "nowhere-v0", "--output", tmp_path / "cards"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert done.stderr.startswith("datasets.py: nowhere-v0 is not on this machine")

@@ -1,4 +1,4 @@
-"""results/demo.py at a small scale: two runs, their scores and a picture; called again, nothing is redone."""
+"""tools/demo.py at a small scale: two runs, their scores and a picture; called again, nothing is redone."""
 
 import importlib.util
 import re
@@ -18,7 +18,7 @@ SMALL = {"updates": 60, "eval_every": 20, "log_every": 20, "eval_episodes": 3, "
 @pytest.fixture
 def demo(monkeypatch, capfd):
     """demo(*arguments): its `main` here and the scripts in their own processes; exit status, output."""
-    spec = importlib.util.spec_from_file_location("reef_demo", ROOT / "results/demo.py")
+    spec = importlib.util.spec_from_file_location("reef_demo", ROOT / "tools/demo.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(sys, "path", [*sys.path])

@@ -83,7 +83,7 @@ def test_every_requirement_is_pinned_and_installed():
 
 def test_every_import_is_required():
     """What our Python files import is in requirements.txt, not only brought along by something that is."""
-    files = [path for folder in ("algorithms", "results", "tests") for path in (ROOT / folder).rglob("*.py")]
+    files = [path for folder in ("algorithms", "tools", "tests") for path in (ROOT / folder).rglob("*.py")]
     known = {*sys.stdlib_module_names, *(path.stem for path in files)}
     pins, missing = requirements(), set()
     distributions = {
@@ -113,9 +113,9 @@ def test_ruff_finds_nothing():
     ("target", "command"),
     [
         ("test", "-m pytest --numprocesses 2 --dist loadfile"),
-        ("demo", "results/demo.py"),
-        ("bench", "results/bench.py"),
-        ("scores", "results/scores.py"),
+        ("demo", "tools/demo.py"),
+        ("bench", "tools/bench.py"),
+        ("scores", "tools/scores.py"),
         ("lint", "-m ruff check"),
     ],
 )
@@ -131,7 +131,7 @@ def test_demo_makes_its_dataset_first():
     recipe = "--config_path configs/collect/pointmaze/umaze-v0.yaml"
     assert lines[-2:] == [
         f".venv/bin/python algorithms/collect/pointmaze.py {recipe}",
-        ".venv/bin/python results/demo.py",
+        ".venv/bin/python tools/demo.py",
     ]
 
 

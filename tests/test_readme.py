@@ -131,6 +131,6 @@ def test_datasets_have_configs():
 
 
 def test_tables_are_not_stale():
-    command = [sys.executable, "results/scores.py", "--check"]
+    command = [sys.executable, "tools/scores.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""results/report.py: statistics against published definitions, tables and figures against sums by hand."""
+"""tools/report.py: statistics against published definitions, tables and figures against sums by hand."""
 
 import importlib
 import itertools
@@ -28,8 +28,8 @@ RECORD = {"commit": "a" * 40, "config_hash": "c" * 64, "dataset_hash": "d" * 64,
 
 
 def load_report():
-    """results/report.py, which imports scores.py from its own folder."""
-    sys.path.insert(0, str(ROOT / "results"))
+    """tools/report.py, which imports scores.py from its own folder."""
+    sys.path.insert(0, str(ROOT / "tools"))
     try:
         return importlib.import_module("report")
     finally:
@@ -442,7 +442,7 @@ def test_a_row_has_all_of_a_cell(root, record, without_figures):
         commit="a" * 40 + " " + "b" * 40 + "+",  # begun under one, ended under the other
     )
     record(rows + run("iql", score=None, success=None, best_score=None, return_mean=-12.34))
-    card = root / f"results/datasets/{MAZES[2]}.md"
+    card = root / f"results/cards/{MAZES[2]}.md"
     card.parent.mkdir(parents=True)
     card.touch()
     assert report.main([]) == 0
@@ -456,7 +456,7 @@ def test_a_row_has_all_of_a_cell(root, record, without_figures):
         "200",
         "1.50",
         "`aaaaaaa` `bbbbbbb+`",
-        f"[`dddddddd`](../datasets/{MAZES[2]}.md)",
+        f"[`dddddddd`](../cards/{MAZES[2]}.md)",
     ]
     (header,) = lines_of(report_md(root), "Dataset", "Algorithm", "Score")
     assert header[5] == "Best on the way"
@@ -591,7 +591,7 @@ def test_check_tells_what_is_stale(root, record, capsys, without_figures):
 
 
 def test_the_committed_report_is_not_stale():
-    command = [sys.executable, "results/report.py", "--check"]
+    command = [sys.executable, "tools/report.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -834,9 +834,10 @@ def test_many_learners_in_a_process_of_its_own(tmp_path):
     rows = [row for name, dataset, seed in pairs
             for row in run(name, dataset, seed, rng.normal(50, 20), curve=rng.normal(50, 20, 5))]
     write(root / "results/scores", rows)
+    (root / "tools").mkdir()
     for name in ("report.py", "report.html", "scores.py"):
-        shutil.copy(ROOT / "results" / name, root / "results")
-    command = [sys.executable, "results/report.py"]
+        shutil.copy(ROOT / "tools" / name, root / "tools")
+    command = [sys.executable, "tools/report.py"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("results/report: 20 cells, ")

@@ -1,4 +1,4 @@
-"""results/report.html in a real browser without a window: what a reader sees, clicks and types."""
+"""tools/report.html in a real browser without a window: what a reader sees, clicks and types."""
 
 import os
 import re
@@ -47,7 +47,7 @@ def file(tmp_path_factory) -> Path:
     rows += [row | odd for row in run("bc", ODD, curve=[1], return_mean=-0.01, commit="b" * 40 + "+")]
     rows += run("iql", WALKER, 0, 3.0) + run("iql", WALKER, 1, 4.0, update=40_000)
     write(root / "results/scores", rows)
-    card = root / f"results/datasets/{MAZES[0]}.md"
+    card = root / f"results/cards/{MAZES[0]}.md"
     card.parent.mkdir(parents=True)
     card.touch()
     config = root / f"configs/offline/iql/{MAZES[0]}.yaml"

@@ -1,4 +1,4 @@
-"""algorithms/collect/sac.py: losses against NumPy, data, runs; results/behavior.py: what is published."""
+"""algorithms/collect/sac.py: losses against NumPy, data, runs; tools/behavior.py: what is published."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ sac = load_script("collect/sac.py")
 
 
 def load_behavior():
-    spec = importlib.util.spec_from_file_location("reef_results_behavior", ROOT / "results/behavior.py")
+    spec = importlib.util.spec_from_file_location("reef_results_behavior", ROOT / "tools/behavior.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -608,7 +608,7 @@ def test_it_learns_to_swing_the_pendulum_up(tmp_path):
     assert json.loads((folder / "run.json").read_text())["return_mean"] > -500
 
 
-# ------------------------------------------ results/behavior.py ------------------------------------------
+# ------------------------------------------ tools/behavior.py ------------------------------------------
 
 
 @pytest.mark.parametrize(

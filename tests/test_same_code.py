@@ -31,7 +31,7 @@ def test_same_name_same_code():
 def repo_imports(tree: ast.Module) -> list[str]:
     """What a script imports from the repo: its folders, its scripts, anything relative."""
     ours = {path.name for path in ROOT.iterdir() if path.is_dir()}
-    for folder in ("algorithms", "tests", "results"):
+    for folder in ("algorithms", "tests", "tools"):
         ours |= {path.stem for path in (ROOT / folder).rglob("*.py")}
     found = []
     for node in ast.walk(tree):
@@ -176,7 +176,7 @@ for path in sys.argv[1:]:
     [
         "import tests",
         "import td3_bc",
-        "import results.scores as scores",
+        "import tools.scores as scores",
         "from algorithms.offline import bc",
         "from . import bc",
         "from .bc import act",

@@ -1,4 +1,4 @@
-"""results/scores.py: runs become rows, rows are merged, and the README's tables are made of them."""
+"""tools/scores.py: runs become rows, rows are merged, and the README's tables are made of them."""
 
 import importlib.util
 import json
@@ -13,7 +13,8 @@ from conftest import short
 
 ROOT = Path(__file__).resolve().parents[1]
 ID = "test/pendulum/random-v0"
-SETTINGS = {"hidden_dim": 8, "batch_size": 16, "final_eval_episodes": 12, "compile": False}  # of `short`
+SETTINGS = {  # of `short`
+    "updates": 40, "hidden_dim": 8, "batch_size": 16, "final_eval_episodes": 12, "compile": False}
 README = """# Title
 <!-- algorithms:begin -->
 <!-- algorithms:end -->
@@ -28,22 +29,22 @@ The end.
 @pytest.fixture
 def root(tmp_path) -> Path:
     """A repository with our scripts and configs of its own."""
-    (tmp_path / "results").mkdir()
-    shutil.copy(ROOT / "results/scores.py", tmp_path / "results")
+    (tmp_path / "tools").mkdir()
+    shutil.copy(ROOT / "tools/scores.py", tmp_path / "tools")
     (tmp_path / "algorithms").symlink_to(ROOT / "algorithms")
     (tmp_path / "README.md").write_text(README)
     for algorithm, variant in [("bc", ""), ("td3_bc", ""), ("bc", "-top10")]:
         file = tmp_path / f"configs/offline/{algorithm}/{ID}{variant}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
-        extra = {"variant": "top10", "fraction": 0.1} if variant else {}
+        extra = {"variant": "top10", "fraction": 0.1, "updates": 60} if variant else {}
         file.write_text(yaml.safe_dump({"dataset": ID, **SETTINGS, **extra}))
     return tmp_path
 
 
 @pytest.fixture
 def scores(root):
-    """results/scores.py of that repository."""
-    spec = importlib.util.spec_from_file_location("reef_scores", root / "results/scores.py")
+    """tools/scores.py of that repository."""
+    spec = importlib.util.spec_from_file_location("reef_scores", root / "tools/scores.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -129,8 +130,16 @@ def test_runs_are_merged_by_name(root, scores, run, capsys):
     assert list(read(root)["seed"].unique()) == [0, 2, 10]
 
     shutil.rmtree(root / "results/runs")
-    run("bc", seed=0, updates=60)  # a run of the same name replaces the rows of the other
-    change(first, score=12.345678)
+    run("bc", seed=0, updates=60)
+    capsys.readouterr()
+    scores.main([])
+    reason = f"updates is 60, and 40 in configs/offline/bc/{ID}.yaml"
+    assert f"skipped {first}: {reason}\n" in capsys.readouterr().out  # a trial does not spoil the record
+    assert file.read_text().startswith(before)
+
+    longer = root / f"configs/offline/bc/{ID}.yaml"
+    longer.write_text(longer.read_text().replace("updates: 40", "updates: 60"))
+    change(first, score=12.345678)  # a run of the same name replaces the rows of the other
     scores.main([])
     rows = read(root).query("seed == 0")
     assert list(rows["update"]) == [20, 40, 60, 60]
@@ -147,7 +156,7 @@ def test_what_does_not_count_is_named(root, scores, run, capsys):
         out = capsys.readouterr().out.splitlines()
         assert f"skipped {folder}: {word}" in out
         assert f"skipped {other}: there is no configs/offline/bc/{ID}-alone.yaml" in out
-    change(folder, status="finished", hidden_dim=9, updates=50, eval_every=7, device="cuda")
+    change(folder, status="finished", hidden_dim=9, eval_every=7, device="cuda")
     scores.main([])
     reason = f"hidden_dim is 9, and 8 in configs/offline/bc/{ID}.yaml"
     assert f"skipped {folder}: {reason}\n" in capsys.readouterr().out

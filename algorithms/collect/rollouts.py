@@ -146,7 +146,7 @@ def find_policies(config: Config) -> dict[str, Path | None]:
         files = sorted(folder / name for name in glob(f"{pattern}.safetensors", root_dir=folder))
         if not files:
             missing = folder / f"{pattern}.safetensors"
-            makers = "algorithms/collect/sac.py learns policies, results/behavior.py publishes them"
+            makers = "algorithms/collect/sac.py learns policies, tools/behavior.py publishes them"
             raise UserError(f"{config.dataset} needs {missing}: {makers}")
         found |= {file.stem: file for file in files}
     return found

@@ -1,10 +1,10 @@
 """Runs a matrix of algorithms, datasets and seeds: what is missing or was cut off, and nothing else.
 
-  python results/benchmark.py configs/benchmark/quick.yaml             on this machine, a process a core
-  python results/benchmark.py MATRIX --list                            what would run, and its cost
-  python results/benchmark.py MATRIX --engine ray                      on a Ray started here
-  python results/benchmark.py MATRIX --engine ray --address HOST:PORT  on the Ray cluster of this machine
-  python results/benchmark.py MATRIX --sweep FILE                      writes the same runs as a wandb sweep
+  python tools/benchmark.py configs/benchmark/quick.yaml             on this machine, a process a core
+  python tools/benchmark.py MATRIX --list                            what would run, and its cost
+  python tools/benchmark.py MATRIX --engine ray                      on a Ray started here
+  python tools/benchmark.py MATRIX --engine ray --address HOST:PORT  on the Ray cluster of this machine
+  python tools/benchmark.py MATRIX --sweep FILE                      writes the same runs as a wandb sweep
 
 A matrix is a YAML file with these fields, of which only `overrides` may be left out:
 
@@ -19,7 +19,7 @@ A matrix is a YAML file with these fields, of which only `overrides` may be left
 A run is the script's own command line with its config file, in a process with one thread. So a finished run
 is skipped, and one that was cut off or failed goes on from its checkpoint. A folder with a run of another
 config is left to the script, which refuses it: this is shown as a failure. Fields that change what is learned
-need a `variant`, which names the run's folder; results/scores.py counts such runs once configs/ has a file of
+need a `variant`, which names the run's folder; tools/scores.py counts such runs once configs/ has a file of
 that name. A run prints into log.txt in its folder. Where there are GPUs, the processes of this machine share
 them evenly.
 
@@ -72,7 +72,7 @@ FORM = {  # of a matrix
     "overrides": "`field: value` pairs",
 }
 OURS = {"dataset", "seed", "threads", "output_dir"}  # fields that follow from the lists and the command line
-UNNAMED = {"updates", "eval_every", "eval_episodes"}  # fields that results/scores.py leaves to a run
+UNNAMED = {"updates", "eval_every", "eval_episodes"}  # fields that tools/scores.py leaves to a run
 RESERVE = 200e6  # bytes: with less left on the disk nothing goes on; a run writes some 10 MB
 PATIENCE = 60  # seconds that a run on Ray waits for its folder's lock, which a dying machine may still hold
 GRACE = 20  # seconds that a run has to end after Ctrl-C

@@ -1,7 +1,7 @@
 """What learning from rewards adds to imitation: trains BC and TD3+BC on one dataset, prints and draws both.
 
   make demo                           makes the dataset first
-  python results/demo.py [--updates 20000] [--dataset ID] [--any_field_of_both_scripts value]
+  python tools/demo.py [--updates 20000] [--dataset ID] [--any_field_of_both_scripts value]
 
 Called again, it trains only what is not finished and draws only what is not drawn.
 """

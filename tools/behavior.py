@@ -1,7 +1,7 @@
 """Publishes the ladder of a SAC run as behaviour policies with a table of their returns, or carries the run.
 
-  python results/behavior.py RUN [--medium RETURN]     writes *.safetensors and snapshots.csv
-  python results/behavior.py RUN --carry [--rungs N]   writes run/
+  python tools/behavior.py RUN [--medium RETURN]     writes *.safetensors and snapshots.csv
+  python tools/behavior.py RUN --carry [--rungs N]   writes run/
 
 RUN is a run folder of algorithms/collect/sac.py, finished or not. All goes into results/behavior/<name>/; the
 name of Hopper-v5 is hopper. The rungs of a ladder are the policies that set a record in an evaluation on

@@ -1,7 +1,7 @@
 """Dataset cards: what a Minari dataset on this machine holds, in tables and one picture.
 
-  python results/datasets.py reef/pointmaze/umaze-v0 [...]   write <id>.md and <id>.png under results/datasets
-  python results/datasets.py --check [id ...]                do the data still have the hashes of their cards?
+  python tools/datasets.py reef/pointmaze/umaze-v0 [...]   write <id>.md and <id>.png under results/cards
+  python tools/datasets.py --check [id ...]                do the data still have the hashes of their cards?
 
 Exit status 1: data and hash disagree (with --check the card's hash, else the one recorded with the data).
 """
@@ -531,7 +531,7 @@ def run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("ids", nargs="*", metavar="id", help="Minari id; --check takes all cards without one")
     parser.add_argument("--check", action="store_true", help="compare data and cards, write nothing")
-    parser.add_argument("--output", type=Path, default=ROOT / "results/datasets", help="folder of the cards")
+    parser.add_argument("--output", type=Path, default=ROOT / "results/cards", help="folder of the cards")
     options = parser.parse_args(arguments)
     if options.check:
         cards = {card.relative_to(options.output).with_suffix("").as_posix(): card

@@ -1,7 +1,7 @@
 """Gathers finished runs into results/scores/<algorithm>.csv and writes README.md's tables: `make scores`.
 
-  python results/scores.py [results/runs]     gather that folder, then write the tables
-  python results/scores.py --check            only compare: status 1 where the README's tables are stale
+  python tools/scores.py [results/runs]     gather that folder, then write the tables
+  python tools/scores.py --check            only compare: status 1 where the README's tables are stale
 
 A row is one evaluation of a run, so results/scores alone draws every learning curve, against updates or wall
 time. The last row of a run, of phase `final`, is its score and holds what is known of the run as a whole.
@@ -27,7 +27,7 @@ RESULT = ["score", "return_mean", "return_std", "length_mean", "success"]
 CLOCK = ["wall_seconds", "updates_per_second"]
 RECORD = ["commit", "config_hash", "dataset_hash", "device", "versions"]
 COLUMNS = [*KEY, "update", "phase", *RESULT, "episodes", "best_score", *CLOCK, *RECORD]
-FREE = {"seed", "updates", "eval_every", "eval_episodes"}  # a run may take these from the command line
+FREE = {"seed", "eval_every", "eval_episodes"}  # a run may take these from the command line
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a broken record of a run raises
 DEMO = "reef/pointmaze/umaze-v0"  # the dataset of the column "Score" in the table of algorithms
 
@@ -109,7 +109,7 @@ def gather(runs: Path) -> None:
 
 def write(file: Path, text: str) -> None:
     """All of it or nothing."""
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.with_suffix(".new").write_text(text)
     file.with_suffix(".new").replace(file)
 

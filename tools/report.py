@@ -1,8 +1,8 @@
 """Tables, figures and a page of every recorded score, from results/scores alone: `make report`.
 
-  python results/report.py                 write results/report/ and the README's block
-  python results/report.py --check         only compare: status 1 where one of them is stale
-  python results/report.py --compare A B   did scores move from A to B? Two commits, or two folders of scores
+  python tools/report.py                 write results/report/ and the README's block
+  python tools/report.py --check         only compare: status 1 where one of them is stale
+  python tools/report.py --compare A B   did scores move from A to B? Two commits, or two folders of scores
 
 A cell is all runs, one a seed, of one variant of an algorithm on one dataset. Where its runs differ in
 updates or in the hash of the data, it says so and is left out of every comparison.
@@ -382,7 +382,7 @@ def shorten(commit: str) -> str:
 
 def card_of(cell: Cell) -> str:
     """Where the dataset's card is, seen from results/report; empty where there is none."""
-    card = Path("datasets", f"{cell.dataset}.md")
+    card = Path("cards", f"{cell.dataset}.md")
     return f"../{card}" if (ROOT / "results" / card).exists() else ""
 
 
@@ -591,7 +591,7 @@ REPORT = """\
 # Report
 
 {runs:,} runs: {learners} algorithms and their variants on {datasets} datasets. [As a page](index.html),
-to sort and to switch: open it in a browser. [report.py](../report.py) tells how everything is computed.
+to sort and to switch: open it in a browser. [report.py](../../tools/report.py) tells how all is computed.
 
 ## Algorithms compared
 

@@ -5,8 +5,8 @@ yardstick (`--compile false --precision highest`), the default (compiled), and c
 medium`. They train in turns, A B C A B C ..., so that a slow moment of the machine hits all three; ratios are
 of medians over the turns. Absolute numbers belong to the machine they were taken on, ratios travel better.
 
-  python results/bench.py                    all scripts, one and two threads (and a GPU, where there is one)
-  python results/bench.py td3_bc --turns 3   one script, quicker
+  python tools/bench.py                    all scripts, one and two threads (and a GPU, where there is one)
+  python tools/bench.py td3_bc --turns 3   one script, quicker
 """
 
 import argparse
