@@ -103,7 +103,8 @@ def write(folder: Path, rows: list[dict]) -> None:
 
 def make_root(folder: Path) -> Path:
     """A repository that has nothing but what the report reads."""
-    (folder / "README.md").write_text(README)
+    (folder / "docs").mkdir(exist_ok=True)
+    (folder / "docs/scores.md").write_text(README)
     shutil.copy(ROOT / "pyproject.toml", folder)
     return folder
 
@@ -401,7 +402,7 @@ def test_the_readme_claims_what_the_intervals_support(root, record, without_figu
     rows = runs(CLEAR | {"awac": [[3, 2, 1], [5, 6, 4], [8, 9, 7]]})
     record(rows + runs({"bc": [[1, 2, 3]]}, ["reef/hopper/medium-v1"]))
     assert report.main([]) == 0
-    text = (root / "README.md").read_text()
+    text = (root / "docs/scores.md").read_text()
     block = text.partition("<!-- report:begin -->\n")[2].partition("<!-- report:end -->")[0]
     assert text == README.replace("stale\n", block)
     best, *equals = lines_of(block, "reef/pointmaze")
@@ -420,7 +421,7 @@ def test_the_readme_claims_what_the_intervals_support(root, record, without_figu
 def test_nothing_is_claimed_of_few_seeds(root, record, without_figures):
     record(runs({"bc": [[1, 2]] * 3, "iql": [[50, 51]] * 3}))
     assert report.main([]) == 0
-    text = (root / "README.md").read_text()
+    text = (root / "docs/scores.md").read_text()
     assert "No two algorithms have 3 seeds of the same dataset yet, so nothing is compared." in text
     assert "Better" not in text
     assert "aggregates" not in text + report_md(root)
@@ -571,13 +572,13 @@ def test_the_same_files_every_time(root, record):
 def test_check_tells_what_is_stale(root, record, capsys, without_figures):
     record(runs(CLEAR))
     assert report.main(["--check"]) == 1
-    expected = "stale: results/report/report.md, results/report/index.html, README.md: make report\n"
+    expected = "stale: results/report/report.md, results/report/index.html, docs/scores.md: make report\n"
     assert capsys.readouterr().out == expected
-    assert (root / "README.md").read_text() == README
+    assert (root / "docs/scores.md").read_text() == README
     assert not (root / "results/report").exists()
     assert report.main([]) == 0
     assert report.main(["--check"]) == 0
-    for name in ("README.md", "results/report/report.md", "results/report/index.html"):
+    for name in ("docs/scores.md", "results/report/report.md", "results/report/index.html"):
         text = (root / name).read_text()
         (root / name).write_text(
             text.replace("51.0" if "report/" in name else "61.0", "99.0").replace('"iql"', '"ibl"')
@@ -790,7 +791,7 @@ def test_a_malformed_file_is_named(root, capsys, case, arguments):
     assert err.count("\n") == 1
     assert problem in err
     assert str(root / "results/scores") in err
-    assert (root / "README.md").read_text() == README
+    assert (root / "docs/scores.md").read_text() == README
     assert not (root / "results/report").exists()
 
 
@@ -813,10 +814,10 @@ def test_without_scores_or_a_place_in_the_readme_nothing_is_written(root, capsys
     assert "no scores in" in capsys.readouterr().err
     write(root / "results/scores", runs(CLEAR))
     for text in (README.replace("<!-- report:begin -->\n", ""), README.replace("<!-- report:end -->", "")):
-        (root / "README.md").write_text(text)
+        (root / "docs/scores.md").write_text(text)
         assert report.main([]) == 2
-        assert re.match(r"report.py: README.md has no place .*\n$", capsys.readouterr().err)
-        assert (root / "README.md").read_text() == text
+        assert re.match(r"report.py: docs/scores.md has no place .*\n$", capsys.readouterr().err)
+        assert (root / "docs/scores.md").read_text() == text
         assert not (root / "results/report").exists()
 
 
@@ -825,7 +826,7 @@ def test_no_disk_is_one_line(root, monkeypatch, capsys, without_figures):
     monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     assert report.main([]) == 2
     assert "No space left" in capsys.readouterr().err
-    assert (root / "README.md").read_text() == README
+    assert (root / "docs/scores.md").read_text() == README
 
 
 def test_many_learners_in_a_process_of_its_own(tmp_path):

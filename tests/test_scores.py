@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -32,7 +33,9 @@ def root(tmp_path) -> Path:
     (tmp_path / "tools").mkdir()
     shutil.copy(ROOT / "tools/scores.py", tmp_path / "tools")
     (tmp_path / "algorithms").symlink_to(ROOT / "algorithms")
-    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "docs").mkdir()
+    for file in ("README.md", "docs/scores.md"):
+        (tmp_path / file).write_text(README)
     for algorithm, variant in [("bc", ""), ("td3_bc", ""), ("bc", "-top10")]:
         file = tmp_path / f"configs/offline/{algorithm}/{ID}{variant}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -220,8 +223,8 @@ def test_tables(root, scores, run):
     assert cells(table[0]) == ["Dataset", "bc", "bc top10", "td3_bc"]
     dataset, plain, top10, unscored = cells(table[2])
     assert dataset == ID
-    assert plain == f"[30.0 ± 26.5](configs/offline/bc/{ID}.yaml)"
-    assert top10 == f"[0.0](configs/offline/bc/{ID}-top10.yaml) (1 seed, 60 updates)"
+    assert plain == f"[30.0 ± 26.5](../configs/offline/bc/{ID}.yaml)"
+    assert top10 == f"[0.0](../configs/offline/bc/{ID}-top10.yaml) (1 seed, 60 updates)"
     assert unscored.startswith("[return -")
     assert " ± " in unscored
     before, after = README.partition("stale\n")[::2]
@@ -231,36 +234,46 @@ def test_tables(root, scores, run):
 
 
 def test_the_table_of_algorithms(root, scores, run):
-    file = root / f"configs/offline/bc/{scores.DEMO}.yaml"
+    column, dataset = next(iter(scores.YARDSTICKS.items()))
+    file = root / f"configs/offline/bc/{dataset}.yaml"
     folder = run("bc")
     file.parent.mkdir(parents=True)
-    file.write_text(yaml.safe_dump({"dataset": scores.DEMO, **SETTINGS}))
-    change(folder, dataset=scores.DEMO, score=8.25)
+    file.write_text(yaml.safe_dump({"dataset": dataset, **SETTINGS}))
+    change(folder, dataset=dataset, score=8.25)
     scores.main([])
     lines = (root / "README.md").read_text().splitlines()
+    (head,) = [cells(line) for line in lines if line.startswith("| Route |")]
     for path in (ROOT / "algorithms/offline").glob("*.py"):
         (line,) = [line for line in lines if f"(algorithms/offline/{path.name})" in line]
-        name, link, paper, length, score = cells(line)
-        assert path.read_text().startswith(f'"""{name}: ')
-        assert link == f"[{path.name}](algorithms/offline/{path.name})"
-        assert "](https://arxiv.org/abs/" in paper
-        own, shared = map(int, length.split(" + "))
+        row = dict(zip(head, cells(line), strict=True))
+        name = re.match(r"\[(.+)\]\((.+)\)", row["Algorithm"])
+        assert path.read_text().startswith(f'"""{name[1]}: ')
+        assert name[2] == f"algorithms/offline/{path.name}"
+        assert "](https://arxiv.org/abs/" in row["Paper"]
+        own, shared = map(int, row["Lines"].split(" + "))
         text = path.read_text().splitlines()
         assert own + shared == len(text)
         assert "Toolbox" in text[own]
-        assert score == ("8.2" if path.stem == "bc" else "")
+        assert row[column] == ("8.2 (1)" if path.stem == "bc" else "")
+        assert row["Updates"] == ("40" if path.stem == "bc" else "")
     assert any("(algorithms/collect/sac.py)" in line for line in lines)
     assert not any("pointmaze.py" in line for line in lines)  # it makes data and learns nothing
+
+
+def test_every_script_of_offline_has_a_route(scores):
+    """So that a new one is not put at the table's end, under the bare name of its folder."""
+    named = {name for members in scores.ROUTES.values() for name in members}
+    assert {path.stem for path in (ROOT / "algorithms/offline").glob("*.py")} <= named
 
 
 def test_check_tells_whether_the_readme_is_stale(root, scores, run, capsys):
     run("bc")
     assert scores.main(["--check"]) == 1
-    assert capsys.readouterr().out == "README.md is stale: make scores\n"
+    assert capsys.readouterr().out == "README.md, docs/scores.md: stale, make scores\n"
     assert (root / "README.md").read_text() == README
     assert scores.main([]) == 0
     assert scores.main(["--check"]) == 0
-    assert capsys.readouterr().out.endswith("README.md is up to date\n")
+    assert capsys.readouterr().out.endswith("the pages are up to date\n")
     (root / "results/scores/bc.csv").unlink()
     assert scores.main(["--check"]) == 1
 

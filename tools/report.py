@@ -1,6 +1,6 @@
 """Tables, figures and a page of every recorded score, from results/scores alone: `make report`.
 
-  python tools/report.py                 write results/report/ and the README's block
+  python tools/report.py                 write results/report/ and the block of docs/scores.md
   python tools/report.py --check         only compare: status 1 where one of them is stale
   python tools/report.py --compare A B   did scores move from A to B? Two commits, or two folders of scores
 
@@ -623,7 +623,7 @@ Where several variants were run, the best of them was chosen with the simulator:
 {variants}
 """
 
-README = """\
+BLOCK = """\
 Algorithms compared on the datasets that all of them have at least {seeds} seeds of: interquartile mean
 (IQM) of the final scores, and the probability that a run beats one of {baseline}, with 95 % intervals
 (stratified bootstrap, [Agarwal et al., 2021](https://arxiv.org/abs/2108.13264)). Better than: beyond
@@ -631,12 +631,12 @@ chance, by the interval and by a permutation test.
 
 {table}
 
-![IQM and probability of improvement](results/report/aggregates.png)
+![IQM and probability of improvement](../results/report/aggregates.png)
 """
 
 LINKS = """\
-[The report](results/report/report.md) has all scores, learning curves against updates and time, performance
-profiles and tuning cost; [its page](results/report/index.html) sorts and switches them (open it in a
+[The report](../results/report/report.md) has all scores, curves against updates and time, performance
+profiles and tuning cost; [its page](../results/report/index.html) sorts and switches them (open it in a
 browser).
 """
 
@@ -671,12 +671,12 @@ def comparison_text(one: Comparison) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def readme_block(comparisons: list[Comparison]) -> str:
-    """What the README says of them: no more than the intervals support."""
+def scores_block(comparisons: list[Comparison]) -> str:
+    """What docs/scores.md says of them: no more than the intervals support."""
     compared, rest = ([one for one in comparisons if bool(one.cells) == wanted] for wanted in (True, False))
     block = f"No two algorithms have {MIN_SEEDS} seeds of the same dataset yet, so nothing is compared.\n"
     if compared:
-        block = README.format(seeds=MIN_SEEDS, baseline=BASELINE, table=aggregate_table(compared))
+        block = BLOCK.format(seeds=MIN_SEEDS, baseline=BASELINE, table=aggregate_table(compared))
         names = ", ".join(one.suite for one in rest)
         block += f"\nNot compared yet, for want of seeds: {names}.\n" * bool(rest)
     return f"{block}\n{LINKS}"
@@ -686,12 +686,12 @@ def picture(name: str, text: str) -> str:
     return f"![{text}]({name}.png) [PDF]({name}.pdf)"
 
 
-def readme_text(block: str) -> str:
-    """README.md with its block made anew."""
-    before, begin, rest = (ROOT / "README.md").read_text().partition("<!-- report:begin -->\n")
+def scores_page(block: str) -> str:
+    """docs/scores.md with its block made anew."""
+    before, begin, rest = (ROOT / "docs/scores.md").read_text().partition("<!-- report:begin -->\n")
     _, end, after = rest.partition("<!-- report:end -->")
     if not (begin and end):
-        raise UserError("README.md has no place for the report: a line <!-- report:begin -->, then one "
+        raise UserError("docs/scores.md has no place for the report: a line <!-- report:begin -->, then one "
                         "<!-- report:end -->")
     return f"{before}{begin}{block}{end}{after}"
 
@@ -780,7 +780,7 @@ def make_report(check: bool) -> int:
     costs = costs_table(cells, table.groupby(["family", "algorithm"])["episodes"].sum())
     content = cells, comparisons, {"costs": costs, "variants": variants_table(cells)}
     texts = {folder / "report.md": report(*content), folder / "index.html": page(*content),
-             ROOT / "README.md": readme_text(readme_block(comparisons))}
+             ROOT / "docs/scores.md": scores_page(scores_block(comparisons))}
     if check:
         stale = [str(file.relative_to(ROOT)) for file, text in texts.items()
                  if not file.exists() or file.read_text() != text]
@@ -794,7 +794,7 @@ def make_report(check: bool) -> int:
         file.unlink()
     for file, text in texts.items():
         write(file, text.encode())
-    print(f"{folder.relative_to(ROOT)}: {len(cells)} cells, {len(files) + 2} files; README.md's block is new")
+    print(f"{folder.relative_to(ROOT)}: {len(cells)} cells, {len(files) + 2} files; docs/scores.md is new too")
     return 0
 
 

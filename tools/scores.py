@@ -29,7 +29,28 @@ RECORD = ["commit", "config_hash", "dataset_hash", "device", "versions"]
 COLUMNS = [*KEY, "update", "phase", *RESULT, "episodes", "best_score", *CLOCK, *RECORD]
 FREE = {"seed", "eval_every", "eval_episodes"}  # a run may take these from the command line
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a broken record of a run raises
-DEMO = "reef/pointmaze/umaze-v0"  # the dataset of the column "Score" in the table of algorithms
+YARDSTICKS = {  # columns of the table of algorithms
+    "umaze: stitching": "reef/pointmaze/umaze-v0",
+    "halfcheetah: mixed": "reef/halfcheetah/medium-replay-v1",
+    "hopper: two policies": "reef/hopper/medium-expert-v1",
+}
+ROUTES = {  # groups its rows; a script that is not named here is in the group of its family
+    "Imitation": ["bc"],
+    "Behaviour constraint": ["td3_bc", "rebrac", "bcq", "bear", "brac"],
+    "Advantage-weighted": ["awac"],
+    "Implicit values": ["iql", "xql"],
+    "Conservative values": ["cql"],
+    "Ensembles": ["sac_n", "edac", "lb_sac"],
+    "Sequence models": ["dt", "trajectory_transformer"],
+    "Generative policies": ["diffusion_policy", "diffusion_ql", "idql", "fql", "q_chunking", "diffuser"],
+    "Model-based": ["mopo", "morel", "combo"],
+}
+FAMILIES = {
+    "finetune": "Offline, then online",
+    "discrete": "Choices",
+    "evaluate": "Value from logs",
+    "collect": "Online (makes our data)",
+}
 
 
 def config_file(family: str, algorithm: str, dataset: str, variant: str) -> Path:
@@ -126,7 +147,7 @@ def scores_table(finals: pd.DataFrame) -> str:
         names = [name for name in (family, algorithm, variant) if name not in ("offline", "default")]
         place = dataset, " ".join(names)
         value = show(rows["score"]) if rows["score"].notna().all() else f"return {show(rows['return_mean'])}"
-        cells[place] = f"[{value}]({config_file(family, algorithm, dataset, variant)})"
+        cells[place] = f"[{value}](../{config_file(family, algorithm, dataset, variant)})"
         seeds = f"{len(rows)} seed" + "s" * (len(rows) > 1)
         lengths[place] = seeds, f"{rows['update'].max():,} updates"
     if not cells:
@@ -145,21 +166,42 @@ def is_learner(text: str) -> bool:
     return any(getattr(node, "name", "") == "update" for each in classes for node in each.body)
 
 
+def route(family: str, algorithm: str) -> str:
+    """The group of a script in the table of algorithms."""
+    named = [name for name, members in ROUTES.items() if family == "offline" and algorithm in members]
+    return [*named, FAMILIES.get(family, family)][0]
+
+
 def algorithms_table(finals: pd.DataFrame) -> str:
-    """A row a learner: what the first line of its docstring says, its lines (own + toolbox), its score."""
-    rows, finals = [], finals.query("dataset == @DEMO and variant == 'default'")
+    """A row a learner, by route: its paper, lines (own + toolbox) and scores on the yardsticks."""
+    rows, finals = [], finals[finals["variant"] == "default"]
     for path in sorted((ROOT / "algorithms").glob("*/*.py")):
         text, (_, family, file) = path.read_text(), path.relative_to(ROOT).parts
         if not is_learner(text):
             continue
         name, paper, number = re.match(r'"""(.+?): .*\((.+), arXiv:([\d.]+)\)', text).groups()
-        scores = finals.query("family == @family and algorithm == @path.stem")["score"]
-        links = f"[{file}](algorithms/{family}/{file})", f"[{paper}](https://arxiv.org/abs/{number})"
         lines = text.splitlines()
         banners = [index for index, line in enumerate(lines) if re.match("# -+ Toolbox", line)]
         own = banners[0] if banners else len(lines)  # one without a toolbox is all its own
-        rows.append([name, *links, f"{own} + {len(lines) - own}", show(scores) if len(scores) else ""])
-    return markdown(pd.DataFrame(rows, columns=["Algorithm", "File", "Paper", "Lines", "Score"]))
+        row = {
+            "Route": route(family, path.stem),
+            "Algorithm": f"[{name}](algorithms/{family}/{file})",
+            "Paper": f"[{paper}](https://arxiv.org/abs/{number})",
+            "Lines": f"{own} + {len(lines) - own}",
+        }
+        ours = finals[(finals["family"] == family) & (finals["algorithm"] == path.stem)]
+        for column, dataset in YARDSTICKS.items():
+            found = ours[ours["dataset"] == dataset]
+            few = f" ({len(found)})" if 0 < len(found) < 3 else ""
+            row[column] = show(found["score"]) + few if len(found) else ""
+        updates = ours[ours["dataset"].isin(YARDSTICKS.values())]["update"].unique()
+        row["Updates"] = " to ".join(f"{count:,}" for count in sorted({*updates.tolist()}))
+        rows.append(row)
+    order = [*ROUTES, *FAMILIES.values()]
+    rows.sort(key=lambda row: order.index(row["Route"]) if row["Route"] in order else len(order))
+    table = pd.DataFrame(rows)
+    table["Route"] = table["Route"].where(~table["Route"].duplicated(), "")
+    return markdown(table)
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -167,26 +209,30 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
-def readme_text() -> str:
-    """README.md with its tables made anew from results/scores and the scripts."""
-    text, finals = (ROOT / "README.md").read_text(), read_scores().query("phase == 'final'")
-    for name, table in {"algorithms": algorithms_table(finals), "scores": scores_table(finals)}.items():
-        place = re.compile(f"(?<=<!-- {name}:begin -->\n).*?(?=<!-- {name}:end -->)", re.DOTALL)
-        text = place.sub(f"{table}\n".replace("\\", r"\\"), text)
-    return text
+def pages() -> dict[str, str]:
+    """README.md and docs/scores.md with their tables made anew from results/scores and the scripts."""
+    finals, texts = read_scores().query("phase == 'final'"), {}
+    tables = {"algorithms": algorithms_table(finals), "scores": scores_table(finals)}
+    for file in ("README.md", "docs/scores.md"):
+        texts[file] = (ROOT / file).read_text()
+        for name, table in tables.items():
+            place = re.compile(f"(?<=<!-- {name}:begin -->\n).*?(?=<!-- {name}:end -->)", re.DOTALL)
+            texts[file] = place.sub(f"{table}\n".replace("\\", r"\\"), texts[file])
+    return texts
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Gathers finished runs and writes the README's tables.")
+    parser = argparse.ArgumentParser(description="Gathers finished runs and writes the tables of the pages.")
     parser.add_argument("runs", nargs="?", type=Path, default=ROOT / "results/runs", help="their folder")
-    parser.add_argument("--check", action="store_true", help="only tell whether the README is stale")
+    parser.add_argument("--check", action="store_true", help="only tell whether a page is stale")
     options = parser.parse_args(arguments)
     if options.check:
-        stale = readme_text() != (ROOT / "README.md").read_text()
-        print("README.md is stale: make scores" if stale else "README.md is up to date")
-        return int(stale)
+        stale = [file for file, text in pages().items() if text != (ROOT / file).read_text()]
+        print(f"{', '.join(stale)}: stale, make scores" if stale else "the pages are up to date")
+        return int(bool(stale))
     gather(options.runs)
-    write(ROOT / "README.md", readme_text())
+    for file, text in pages().items():
+        write(ROOT / file, text)
     return 0
 
 

@@ -73,11 +73,11 @@ class Config:
     batch_size: Count = 256  # transitions in an update
     discount: Share = 0.99  # gamma
     tau: Share = 0.005  # rate of the target network
-    actor_lr: Size = 3e-5  # Adam's step size, the temperature's too
+    actor_lr: Size = 3e-5  # Adam's step size (CORL's; the authors' 1e-4), the temperature's too
     critic_lr: Size = 3e-4  # Adam's step size, the multiplier's too
     hidden_dim: Count = 256  # units in a hidden layer
     hidden_layers: Count = 3  # hidden layers of every network
-    cql_weight: Size = 10.0  # w of (2): 0 is SAC without entropy in the target
+    cql_weight: Size = 10.0  # w of (2), CORL's for locomotion: 0 is SAC without entropy in the target
     cql_temperature: Positive = 1.0  # T of (6): near 0 a hard maximum
     cql_actions: Count = 10  # N: actions b of each of the three kinds in (6)
     lagrange_gap: Optional[float] = None  # g of (7); null: no multiplier

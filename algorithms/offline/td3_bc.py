@@ -11,8 +11,8 @@ Dividing Q by its own mean size lets one weight, alpha, serve rewards of any sca
   (5)  L_pi = -lambda mean Q_1(s, pi(s)) + mean (pi(s) - a)^2                 every policy_delay updates
   (6)  theta' <- theta' + tau (theta - theta')                                both targets, after (5)
 
-Differences from the paper: an episode cut by a time limit keeps its last transition, which bootstraps from
-that episode's last observation (the authors' loader drops it).
+Differences from the paper: (4) averages over pi(s), as the authors' code does, not over the data's actions;
+an episode cut by a time limit keeps its last transition, which bootstraps (the authors' loader drops it).
 
   python algorithms/offline/td3_bc.py --config_path configs/offline/td3_bc/reef/pointmaze/umaze-v0.yaml
 """
