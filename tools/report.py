@@ -794,7 +794,8 @@ def make_report(check: bool) -> int:
         file.unlink()
     for file, text in texts.items():
         write(file, text.encode())
-    print(f"{folder.relative_to(ROOT)}: {len(cells)} cells, {len(files) + 2} files; docs/scores.md is new too")
+    count = len(files) + 2
+    print(f"{folder.relative_to(ROOT)}: {len(cells)} cells, {count} files; docs/scores.md is new too")
     return 0
 
 
