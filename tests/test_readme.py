@@ -93,7 +93,7 @@ def test_curves_without_wandb(here):
 
 
 def test_commands_are_real(scripts):
-    assert len(COMMANDS) == 2
+    assert len(COMMANDS) == 3
     for name, arguments in COMMANDS:
         config = scripts[name].parse_config(arguments.replace("configs/", f"{ROOT}/configs/").split())
         assert config.dataset in arguments
