@@ -97,7 +97,9 @@ def test_choices_follow_their_probabilities():
 
 
 @needs_package
-@pytest.mark.parametrize(("name", "known"), [("clinician", DOCTORS), ("random", UNIFORM), ("optimum", OPTIMUM)])
+@pytest.mark.parametrize(
+    ("name", "known"), [("clinician", DOCTORS), ("random", UNIFORM), ("optimum", OPTIMUM)]
+)
 def test_values_are_the_published_ones(name, known):
     assert sepsis.value(sepsis.policy_table(name)) == pytest.approx(known, abs=5e-5)
 

@@ -74,7 +74,7 @@ class Config:
     members: Count = 5  # critics, each with a resample of the episodes: Q and V are their means
     resamples: Count = 1000  # of the episodes, (7)
     policy_std: Positive = 0.1  # deviation of vectors of actions, which are in [-1, 1]
-    clone_updates: Count = 2000  # gradient updates of the logger's policy, where it has to be cloned
+    clone_updates: Count = 5000  # gradient updates of the logger's policy, where it has to be cloned
     log_every: Count = 1000  # updates between looks at the critics
     output_dir: str = "results/runs"  # where values.csv goes: a folder evaluate/doubly_robust/... in it
 

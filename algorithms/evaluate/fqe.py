@@ -71,7 +71,7 @@ class Config:
     hidden_dim: Count = 64  # units in a hidden layer
     hidden_layers: Count = 2  # hidden layers of the critics
     members: Count = 10  # E: critics, each with a resample of the episodes
-    clone_updates: Count = 2000  # gradient updates of the log's own policy
+    clone_updates: Count = 5000  # gradient updates of the log's own policy
     log_every: Count = 1000  # updates between rows of curve.csv
     output_dir: str = "results/runs"  # where values.csv goes: a folder evaluate/fqe/... in it
 

@@ -67,7 +67,7 @@ class Config:
     discount: Share = 1.0  # gamma
     resamples: Count = 1000  # of the episodes, (7)
     policy_std: Positive = 0.1  # deviation of vectors of actions, which are in [-1, 1]
-    clone_updates: Count = 2000  # gradient updates of the logger's policy, where its propensities are unknown
+    clone_updates: Count = 5000  # gradient updates of the logger's policy, where its propensities are unknown
     output_dir: str = "results/runs"  # where values.csv goes: a folder evaluate/importance_sampling/... in it
 
 
