@@ -1,15 +1,16 @@
-"""How often the intervals of off-policy estimates cover the truth: ICU-Sepsis, whose values are known exactly.
+"""How often intervals of off-policy estimates cover the truth: ICU-Sepsis, whose values are known exactly.
 
-  python results/ope_coverage.py [--logs 200] [--episodes 1000] [--resamples 200] [--out results/ope_coverage.csv]
+  python results/ope_coverage.py [--logs 200] [--episodes 1000] [--resamples 200] [--out FILE]
 
 Each log has so many episodes of the clinicians' policy, with its propensities. From it every estimator of
-algorithms/evaluate gives the value of four policies: the clinicians', uniform doses, the best by a model of that
-very log (`learned`), and the optimum. A row of the table: the mean of the exact values, bias, root mean squared error
-and coverage of the 95 % intervals over the logs, the median effective sample size and the median of the mean weight.
+algorithms/evaluate gives the value of four policies: the clinicians', uniform doses, the best by a model of
+that very log (`learned`), and the optimum. A row of the table: the mean exact value, bias, root mean squared
+error and coverage of the 95 % intervals over the logs, the median effective sample size and mean weight.
 
-Critics are tables here, not networks: the exact Q of the model that half of the log's episodes make (transitions
-counted; a dose never seen in a state leads where the state's doses led on average). FQE's interval is over first
-states alone, with the critic kept: what it covers is what such an interval is worth.
+Critics are tables here, not networks: the exact Q of the model that half of a log's episodes make
+(transitions counted; a dose never seen in a state leads where that state's doses led on average). All
+estimators take the other half. FQE's interval is over first states alone, with the critic kept: what it
+covers is what such an interval is worth. An optimum that takes doses no log shows is beyond any estimator.
 """
 
 import argparse
@@ -38,13 +39,13 @@ robust = load("evaluate/doubly_robust")
 
 
 def fit_model(log: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Counted dynamics: P [713, 25, 713] among the living and r [713, 25], the chance to survive at once."""
+    """Counted dynamics: P [713, 25, 713] among the living, r [713, 25] the chance to survive at once."""
     mask = steps_of(log)
     states, actions = log["states"][:, :-1][mask], log["actions"][mask]
     counts = np.zeros((sepsis.DEATH, sepsis.ACTIONS, sepsis.DEATH + 2), np.float32)
     np.add.at(counts, (states, actions, log["states"][:, 1:][mask]), 1)
     of_state = counts.sum(1, keepdims=True)
-    counts = np.where(counts.sum(2, keepdims=True) > 0, counts, of_state)  # doses never seen: the state's mean
+    counts = np.where(counts.sum(2, keepdims=True) > 0, counts, of_state)  # never seen: the mean
     chances = counts / np.maximum(counts.sum(2, keepdims=True), 1)  # states never seen lead nowhere: worth 0
     return chances[..., : sepsis.DEATH], chances[..., sepsis.SURVIVAL]
 
@@ -78,7 +79,7 @@ def rows_of(log: dict[str, np.ndarray], rows) -> dict[str, np.ndarray]:
 
 
 def estimate(log: dict, policy: np.ndarray, q: np.ndarray, resamples: int, seed: int) -> tuple[dict, dict]:
-    """{estimator: (value, low, high)} of a policy by the episodes of a log and Q [716, 25]; facts on weights."""
+    """{estimator: (value, low, high)} of a policy by a log and Q [716, 25]; facts on its weights."""
     mask, states = steps_of(log), log["states"]
     with np.errstate(divide="ignore", invalid="ignore"):
         log_ratios = np.log(policy[states[:, :-1], log["actions"]]) - np.log(log["propensities"])
@@ -133,7 +134,8 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--logs", type=int, default=200)
     parser.add_argument("--episodes", type=int, default=1000)
     parser.add_argument("--resamples", type=int, default=200)

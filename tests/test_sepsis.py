@@ -84,6 +84,14 @@ def test_survival_alone_is_rewarded(chain):
     assert (ends == sepsis.DEATH).mean() > 0.8
 
 
+def test_the_course_does_not_depend_on_the_number_that_drew_the_dose(chain):
+    """The chain's value by simulation; one random number for both would make it .067."""
+    policy = np.zeros((716, 25))
+    policy[:, 1] = policy[:, 3] = 0.5
+    survived = sepsis.simulate(policy, 8000, np.random.default_rng(1))["rewards"].sum(1)
+    assert abs(survived.mean() - 3 / 31) < 4 * survived.std() / 8000**0.5
+
+
 def test_choices_follow_their_probabilities():
     probabilities = np.array([[0.2, 0.0, 0.8], [0.0, 1.0, 0.0]])
     assert sepsis.draw_choices(probabilities, np.array([0.0, 0.0])).tolist() == [0, 1]
