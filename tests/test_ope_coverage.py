@@ -46,9 +46,8 @@ def test_the_summary_by_hand(tool):
 def test_a_small_share_of_the_study(tmp_path):
     out = tmp_path / "table.csv"
     words = ["--logs=4", "--episodes=200", "--resamples=50", f"--out={out}"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "results/ope_coverage.py", *words], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, ROOT / "results/ope_coverage.py", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(out).set_index(["policy", "estimator"])
     assert len(table) == 4 * 7
