@@ -1,6 +1,7 @@
 ## make test             make .venv and run the whole test suite
 ## make demo             make .venv and a dataset, train BC and TD3+BC on it, print their scores and draw them
 ## make dataset ID=...   make a local dataset, e.g. ID=reef/pointmaze/umaze-v0 or ID=reef/hopper/medium-v1
+## make discrete         add to .venv what algorithms/discrete, algorithms/evaluate and sepsis need
 ## make datasets         make all local datasets that are not there yet, and name those that cannot be made
 ## make bench            updates per second of every script
 ## make scores           gather finished runs into results/scores/*.csv
@@ -18,20 +19,22 @@ TORCH_INDEX ?=
 RUN = .venv/bin/python
 RECIPES = $(filter-out configs/collect/sac/%,$(sort $(wildcard configs/collect/*/*.yaml)))
 DATASETS = $(RECIPES:configs/collect/%.yaml=reef/%)
-COLLECTOR = $(if $(filter reef/pointmaze/%,$(ID)),pointmaze,rollouts)
+COLLECTOR = $(or $(filter pointmaze sepsis,$(word 2,$(subst /, ,$(ID)))),rollouts)
 
-.PHONY: help test demo dataset datasets known-dataset bench scores report benchmark-quick lint
+.PHONY: help test demo discrete dataset datasets known-dataset bench scores report benchmark-quick lint
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 # a file stays in one process, as its runs and datasets are shared by its tests
-test: .venv/complete
+test: .venv/discrete
 	$(RUN) -m pytest --numprocesses 2 --dist loadfile
 
 demo: .venv/complete
 	@$(MAKE) --no-print-directory dataset ID=reef/pointmaze/umaze-v0
 	$(RUN) tools/demo.py
+
+discrete: .venv/discrete
 
 dataset: known-dataset .venv/complete
 	$(RUN) algorithms/collect/$(COLLECTOR).py --config_path configs/collect/$(ID:reef/%=%).yaml
@@ -75,4 +78,8 @@ lint: .venv/complete
 	$(PYTHON) -m venv --clear .venv
 	$(RUN) -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' requirements.txt)
 	$(RUN) -m pip install -r requirements.txt
+	@touch $@
+
+.venv/discrete: .venv/complete requirements-discrete.txt
+	$(RUN) -m pip install --no-deps -r requirements-discrete.txt
 	@touch $@

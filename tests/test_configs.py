@@ -23,6 +23,7 @@ MAZES = [f"reef/pointmaze/{size}{form}-v0" for size in SIZES for form in ("", "-
 MAZES.append("reef/pointmaze/large-stitch-v0")
 LEVELS = ("random", "medium", "medium-replay", "medium-expert", "expert", "expert-narrow")
 BODIES = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
+SEPSIS = [f"reef/sepsis/{who}-v0" for who in ("clinician", "random", "mixed")]
 WALKERS = [f"reef/{body}/{level}-v1" for body in BODIES for level in LEVELS]
 MAX_LINES = 10
 
@@ -36,7 +37,7 @@ def references() -> dict[str, dict[str, str]]:
 def script_of(file: str):
     """The script that configs/<family>/<algorithm>/... or configs/collect/<environment>/... belongs to."""
     family, algorithm = Path(file).parts[1:3]
-    if family == "collect" and algorithm not in ("pointmaze", "sac"):
+    if family == "collect" and algorithm not in ("pointmaze", "sac", "sepsis"):
         algorithm = "rollouts"
     path = ROOT / "algorithms" / family / f"{algorithm}.py"
     assert path.is_file(), f"{file} has no script {path}"
@@ -130,7 +131,7 @@ def test_every_file_is_short_and_names_a_field_once():
 
 
 def test_every_local_dataset_has_its_recipe():
-    assert sorted(read(file)["dataset"] for file in RECIPES) == sorted(MAZES + WALKERS)
+    assert sorted(read(file)["dataset"] for file in RECIPES) == sorted(MAZES + WALKERS + SEPSIS)
 
 
 def test_recipes_of_walkers_take_their_own_environment_and_policies():

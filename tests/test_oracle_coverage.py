@@ -36,6 +36,17 @@ def check(script: Path, tests: Path) -> None:
     assert not tested - found, f"{tests.name} tests {sorted(tested - found)}, which {script.name} lacks"
 
 
+# Scripts of other families, whose names may be those of offline scripts, and their tests.
+OTHERS = {path: f"test_discrete_{path.stem}.py" for path in (ROOT / "algorithms/discrete").glob("*.py")}
+OTHERS |= {path: f"test_{path.stem}.py" for path in (ROOT / "algorithms/evaluate").glob("*.py")}
+OTHERS |= {ROOT / "algorithms/collect/sepsis.py": "test_sepsis.py"}
+
+
+@pytest.mark.parametrize(("script", "tests"), OTHERS.items(), ids=OTHERS.values())
+def test_every_equation_of_other_families_has_an_oracle_test(script, tests):
+    check(script, ROOT / "tests" / tests)
+
+
 @pytest.mark.parametrize("name", OFFLINE)
 def test_every_equation_has_an_oracle_test(name):
     check(ROOT / f"algorithms/offline/{name}.py", ROOT / f"tests/test_{name}.py")

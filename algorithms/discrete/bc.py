@@ -1,0 +1,809 @@
+"""BC for choices: behaviour cloning (Pomerleau, 1991, Neural Computation 3:88).
+
+Imitation: learn with which probability the data's policy makes each choice. What it scores is what the data
+are worth, so it stands beside every other algorithm.
+
+  (1)  L = -mean log pi(a|s)                                       pi: a softmax over the choices
+  (2)  a ~ pi(s)                                                   acts as the data do, by probability
+
+Differences from the paper: a softmax over choices for units that code a steering angle; (2) draws, where that
+takes the strongest.
+
+  python algorithms/discrete/bc.py --config_path configs/discrete/bc/reef/sepsis/clinician-v0.yaml
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import importlib.metadata
+import importlib.util
+import inspect
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import NewType, Optional
+from unittest import mock
+
+import filelock
+import gymnasium as gym
+import huggingface_hub
+import minari
+import numpy as np
+import pandas as pd
+import pyrallis
+import torch
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+
+Count = NewType("Count", int)  # at least 1
+Size = NewType("Size", float)  # at least 0
+Positive = NewType("Positive", float)  # at least a millionth
+Share = NewType("Share", float)  # from 0 to 1
+Precision = NewType("Precision", str)
+WandbMode = NewType("WandbMode", str)
+
+
+@dataclasses.dataclass
+class Config:
+    """BC. Write `null` for none and true or false for a switch."""
+
+    dataset: str = "reef/sepsis/clinician-v0"  # Minari id, on this machine or on the hub
+    seed: int = 0  # of networks, batches, noise and evaluations
+    variant: str = "default"  # names these settings in the run's folder and in the tables
+    updates: Count = 1_000_000  # gradient updates
+    batch_size: Count = 256  # transitions in an update
+    actor_lr: Size = 3e-4  # Adam's step size
+    hidden_dim: Count = 256  # units in a hidden layer
+    hidden_layers: Count = 2  # hidden layers of every network
+    normalize_states: bool = True  # standardise vectors by the dataset's mean and deviation
+    environment: Optional[str] = None  # Gymnasium id to evaluate in; null: the dataset's own
+    ref_min: Optional[float] = None  # return that scores 0; null: the dataset's own
+    ref_max: Optional[float] = None  # return that scores 100; null: the dataset's own
+    eval_every: Count = 5000  # updates between evaluations
+    eval_episodes: Count = 10  # episodes of an evaluation along the way
+    final_eval_episodes: Count = 100  # episodes of the evaluation that is the score
+    log_every: Count = 1000  # updates between rows of metrics.csv
+    checkpoint_every: Count = 10_000  # updates between checkpoints
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    threads: int = 0  # CPU threads; 0: torch's choice
+    compile: bool = True  # compile the losses
+    precision: Precision = "highest"  # of float32 matrix products
+    wandb_mode: WandbMode = "offline"  # mirror of the CSV files
+    wandb_project: str = "reef"  # wandb project
+    output_dir: str = "results/runs"  # where run folders go
+
+
+# ------------------------------------------- DiscreteBC -------------------------------------------
+
+
+class DiscreteBC:
+    """Actor and optimiser, and the update that trains them on batches of the data."""
+
+    def __init__(self, config: Config, encoder: "Encoder"):
+        self.config, self.encoder, self.updates = config, encoder, 0
+        choices, device = int(encoder.choices), encoder.mean.device
+        size = (encoder.shape, config.hidden_dim, config.hidden_layers)
+        self.actor = make_network(*size, choices).to(device)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), config.actor_lr, fused=True)
+
+    def actor_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = nn.functional.cross_entropy(self.actor(batch["observations"]), batch["actions"])  # (1)
+        return loss, {"actor/loss": loss.detach()}
+
+    def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.updates += 1
+        loss, metrics = self.actor_loss(self.encoder.encode_batch(batch))
+        descend(self.actor_optimizer, loss)
+        return metrics
+
+    @torch.inference_mode()
+    def probabilities(self, observations) -> np.ndarray:
+        """Raw observations [...] -> probabilities [..., A] of the choices."""
+        return self.actor(self.encoder.encode(observations)).softmax(-1).cpu().numpy()
+
+    def act(self, observations) -> np.ndarray:
+        """Raw observations, one or a batch -> choices drawn by probability, in the environment's numbers."""
+        running = self.probabilities(observations).cumsum(-1)
+        uniform = torch.rand(running.shape[:-1]).numpy()[..., None]  # evaluations seed torch
+        return (running < uniform * running[..., -1:]).sum(-1) + int(self.encoder.first_choice)  # (2)
+
+
+# -------------------------------------------- Networks --------------------------------------------
+
+
+def mlp(inputs: int, hidden_dim: int, hidden_layers: int, outputs: int) -> nn.Sequential:
+    """ReLU network [..., inputs] -> [..., outputs]."""
+    sizes = [inputs] + [hidden_dim] * hidden_layers
+    hidden = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(sizes[-1], outputs))
+
+
+def make_network(shape: tuple, hidden_dim: int, hidden_layers: int, outputs: int) -> nn.Module:
+    """[..., *shape] -> [..., outputs]: an MLP of vectors, convolutions and an MLP of planes."""
+    if len(shape) == 1:
+        return mlp(shape[0], hidden_dim, hidden_layers, outputs)
+    return PlaneNetwork(shape, hidden_dim, hidden_layers, outputs)
+
+
+class PlaneNetwork(nn.Module):
+    """Planes [..., height, width, channels] -> [..., outputs]: halved until 16 wide, then one 3 x 3 layer."""
+
+    def __init__(self, shape: tuple, hidden_dim: int, hidden_layers: int, outputs: int):
+        super().__init__()
+        (height, width, channels), layers = shape, []
+        while max(height, width) > 16:
+            layers += [nn.Conv2d(channels, 32, 4, stride=2, padding=1), nn.ReLU()]
+            height, width, channels = height // 2, width // 2, 32
+        self.convolutions = nn.Sequential(*layers, nn.Conv2d(channels, 32, 3), nn.ReLU(), nn.Flatten())
+        self.head = mlp(32 * (height - 2) * (width - 2), hidden_dim, hidden_layers, outputs)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        x = planes.reshape(-1, *planes.shape[-3:])
+        outputs = self.head(self.convolutions(x.permute(0, 3, 1, 2)))
+        return outputs.view(*planes.shape[:-3], -1)
+
+
+# ------------------------------------ From the dataset to the score ------------------------------------
+
+
+def train(config: Config) -> None:
+    """All that this script does, in order; what the run's folder already holds is not done again."""
+    run = Run(config, config.dataset)
+    if run.info.get("status") == "finished":
+        print(f"{run.folder} is finished: {run.info['result']}")
+        return
+
+    device = set_up_torch(config)
+    find_local_environments()
+    dataset = load_dataset(config.dataset)
+    environments = make_environments(dataset, config.environment)
+    episodes, dataset_hash = read_choices(dataset)
+    encoder = fit_encoder(episodes, dataset, config.normalize_states).to(device)
+    data = choice_transitions(episodes, encoder)
+    known = dataset.storage.metadata
+    references = known.get("ref_min_score", config.ref_min), known.get("ref_max_score", config.ref_max)
+
+    learner = DiscreteBC(config, encoder)
+    compiled = config.compile and compile_methods(learner, "actor_loss")
+    with run.start(learner, dataset_hash=dataset_hash, compiled=compiled, **provenance(device)):
+        batches = draw_batches(data, config.batch_size, config.seed, learner.updates)
+        numbers = range(learner.updates + 1, config.updates + 1)
+        for update in tqdm(numbers, initial=learner.updates, total=config.updates, disable=None):
+            metrics = learner.update(next(batches))
+            if run.is_due(update, config.log_every):
+                run.log(update, metrics | {"actor/agreement": agreement(learner.probabilities, data)})
+            if run.is_due(update, config.eval_every) and environments:
+                table = evaluate(learner.act, environments, config.eval_episodes, (config.seed, update, 0))
+                run.log_episodes(update, "training", table, references)
+            run.save_when_due(learner)
+        if environments:
+            seed = (config.seed, config.updates, 1)
+            table = evaluate(learner.act, environments, config.final_eval_episodes, seed)
+            run.log_episodes(config.updates, "final", table, references)
+        run.finish()
+
+
+def load(folder: str, device: str = "cpu") -> DiscreteBC:
+    """The policy of a run: `load(folder).act(observation)` takes raw observations, one or a batch."""
+    config = parse_config([f"--config_path={folder}/config.yaml"])
+    checkpoint = read_saved(Path(folder, "checkpoint.pt"))
+    learner = DiscreteBC(config, Encoder(**checkpoint["state"]["encoder"]).to(device))
+    restore(learner, checkpoint)
+    return learner
+
+
+# -------------------- Toolbox: the same in every script that has it, word for word --------------------
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step down the gradient of `loss` for the parameters of `optimizer` and no others."""
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+        parameter.grad = gradient.contiguous()  # fused Adam takes no account of strides
+    optimizer.step()
+
+
+def set_up_torch(config: Config) -> torch.device:
+    """Seeds torch, sets its threads and precision, and finds the device."""
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    torch.set_float32_matmul_precision(config.precision)
+    torch.set_flush_denormal(True)  # Adam's moments of idle weights end in denormals: slow to compute with
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    with explain(f"device: cannot use {config.device}", "see --device"):
+        return torch.zeros(1, device=auto if config.device == "auto" else config.device).device
+
+
+def compile_methods(learner, *names: str) -> bool:
+    """Compiles these methods; where there is no C++ compiler to do it, they stay as they are."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        print("no C++ compiler (g++) here: the losses are not compiled, which is slower", file=sys.stderr)
+        return False
+    for name in names:
+        # eager's random numbers are faster here, and the same as uncompiled
+        method = torch.compile(getattr(learner, name), dynamic=False, options={"fallback_random": True})
+        setattr(learner, name, method)
+    return True
+
+
+# ------------------------ Data of choices: states, vectors or planes, and numbers ------------------------
+
+
+def read_choices(dataset: minari.MinariDataset) -> tuple[list[dict[str, np.ndarray]], str]:
+    """The episodes, each checked, and the hash of all that was recorded.
+
+    An episode of T steps has observations [T + 1] (int64 states), [T + 1, obs_dim] (float32) or [T + 1,
+    height, width, channels] (uint8 planes), actions [T] (int64), rewards and terminations [T] (float32).
+    """
+    if not isinstance(dataset.action_space, gym.spaces.Discrete):
+        raise UserError(f"this script is not for {dataset.action_space}: see algorithms/offline for vectors")
+    kind, episodes, digest = choose_kind(dataset.observation_space), [], hashlib.sha256()
+    for recorded in dataset.iterate_episodes():
+        where, steps = f"{dataset.id}, episode {recorded.id}", len(recorded.rewards)
+        for field in ("observations", "actions", "rewards", "terminations", "truncations"):
+            length = steps + 1 if field == "observations" else steps
+            for array in map(np.asarray, leaves(getattr(recorded, field))):
+                if steps == 0 or len(array) != length:
+                    raise UserError(f"{where} is malformed: {steps} steps, {field} of shape {array.shape}")
+                if not np.isfinite(array).all():
+                    raise UserError(f"{where}: {field} are not all finite")
+                digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+        if not all(map(dataset.action_space.contains, np.unique(recorded.actions))):
+            raise UserError(f"{where}: actions are not all in {dataset.action_space}")
+        seen = recorded.observations
+        episodes.append({
+            "observations": flatten(seen) if kind is np.float32 else np.asarray(seen, kind),
+            "actions": np.asarray(recorded.actions, np.int64),
+            "rewards": np.float32(recorded.rewards),
+            "terminations": np.float32(recorded.terminations),
+        })
+    if not episodes or sum(len(episode["rewards"]) for episode in episodes) != dataset.total_steps:
+        raise UserError(f"{dataset.id} lacks steps: {dataset.total_steps:,} are announced; get it anew")
+    return episodes, digest.hexdigest()
+
+
+def choose_kind(space: gym.Space) -> type:
+    """How observations are kept: int64 states, uint8 planes, or float32 vectors."""
+    if isinstance(space, gym.spaces.Discrete):
+        return np.int64
+    if isinstance(space, gym.spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3:
+        return np.uint8
+    vector_shapes(space)  # an error where they are no vectors
+    return np.float32
+
+
+class Encoder(nn.Module):
+    """From observations to the networks' input: states one-hot, vectors standardised, planes in [0, 1]."""
+
+    def __init__(self, mean, std, states, first_state, choices, first_choice):
+        super().__init__()
+        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32))
+        self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32))
+        counts = {"states": states, "first_state": first_state}  # states: 0 where observations are no states
+        counts |= {"choices": choices, "first_choice": first_choice}
+        for name, value in counts.items():
+            self.register_buffer(name, torch.as_tensor(int(value)))
+        self.shape = (int(states),) if states else tuple(self.mean.shape)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Observations as they are kept -> [..., *shape]."""
+        if len(self.mean) == 0:
+            return nn.functional.one_hot(observations - self.first_state, self.shape[0]).float()
+        return (observations - self.mean) / self.std
+
+    def encode(self, observations) -> Tensor:
+        """Raw observations of an environment, or Dicts -> [..., *shape]."""
+        if len(self.mean) and len(self.shape) == 1:
+            observations = flatten(observations)
+        return self(torch.as_tensor(np.asarray(observations), device=self.mean.device))
+
+    def encode_batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with observations as the networks take them."""
+        names = "observations", "next_observations"
+        return batch | {name: self(batch[name]) for name in names}
+
+
+def fit_encoder(episodes: list, dataset: minari.MinariDataset, normalize_states: bool) -> Encoder:
+    """States by their number, planes by their largest value, vectors by mean and deviation."""
+    space, mean, std, states = dataset.observation_space, np.zeros(0), np.ones(0), (0, 0)
+    seen = np.concatenate([episode["observations"][:-1] for episode in episodes])
+    if isinstance(space, gym.spaces.Discrete):
+        states = space.n, space.start
+    elif seen.dtype == np.uint8:
+        mean, std = np.zeros(seen.shape[1:]), np.full(seen.shape[1:], max(int(seen.max()), 1))
+    elif normalize_states:
+        mean, std = seen.mean(0, np.float64), seen.std(0, np.float64) + 1e-3
+    else:
+        mean, std = np.zeros(seen.shape[1]), np.ones(seen.shape[1])
+    return Encoder(mean, std, *states, dataset.action_space.n, dataset.action_space.start)
+
+
+def choice_transitions(episodes: list, encoder: Encoder) -> dict[str, Tensor]:
+    """All N steps on the encoder's device, observations as kept, choices from 0; none crosses an episode."""
+    steps = {name: np.concatenate([episode[name] for episode in episodes]) for name in episodes[0]}
+    columns = {
+        "observations": np.concatenate([episode["observations"][:-1] for episode in episodes]),
+        "actions": steps["actions"] - int(encoder.first_choice),  # [N]
+        "rewards": steps["rewards"],  # [N]
+        "next_observations": np.concatenate([episode["observations"][1:] for episode in episodes]),
+        "terminations": steps["terminations"],  # [N]
+    }
+    return {name: torch.as_tensor(column, device=encoder.mean.device) for name, column in columns.items()}
+
+
+def agreement(probabilities: Callable, data: dict[str, Tensor]) -> float:
+    """How likely the policy makes the data's choices, on average over 1,024 fixed rows."""
+    rows = np.random.default_rng(0).integers(len(data["actions"]), size=1024)
+    chosen = data["actions"][rows].cpu().numpy()
+    given = probabilities(data["observations"][rows].cpu().numpy())
+    return float(np.take_along_axis(given, chosen[:, None], 1).mean())
+
+
+def find_local_environments() -> None:
+    """Environments that are scripts of collect/ (reef/Sepsis-v0), for datasets that name them."""
+    path = Path(__file__).resolve().parents[1] / "collect/sepsis.py"
+    if path.exists() and "reef_sepsis" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("reef_sepsis", path)
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[spec.name])
+
+
+def load_dataset(name: str) -> minari.MinariDataset:
+    """The dataset on this machine, else from the Minari hub; says which."""
+    local, ours = (minari.storage.get_dataset_path(name) / "data").exists(), name.startswith("reef/")
+    advice = f"make it: make dataset ID={name}" if ours else f"see minari list remote, minari download {name}"
+    configs = Path(__file__).resolve().parent / "../../configs"
+    known = {"/".join(file.with_suffix("").parts[-3:]) for file in configs.glob("*/*/*/*/*.yaml")}
+    near = difflib.get_close_matches(name, known - {name}, 2)
+    if local:
+        advice = f"minari delete {name}, then get it anew ({advice})"
+    elif near:
+        advice = f"did you mean {' or '.join(near)}? Else {advice}"
+    with explain(f"cannot load {name}", advice):
+        if not local and not ours:  # ask once: the hub's client would ask for half a minute
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=4)
+        dataset = minari.load_dataset(name, download=not ours)
+        list(dataset.storage.get_episode_metadata(dataset.episode_indices[-1:]))  # is the file whole?
+    source = "on this machine" if local else "from the Minari hub"
+    print(f"{name}, {source}: {dataset.total_episodes:,} episodes, {dataset.total_steps:,} steps")
+    return dataset
+
+
+def leaves(tree) -> list:
+    """The entries of a Dict in the order of its sorted keys, however deep; anything else is its own leaf."""
+    if isinstance(tree, Mapping):
+        return [leaf for key in sorted(tree) for leaf in leaves(tree[key])]
+    return [tree]
+
+
+def flatten(tree) -> np.ndarray:
+    """An array as float32; the leaves of a Dict side by side: [..., obs_dim]."""
+    return np.concatenate([np.asarray(leaf, np.float32) for leaf in leaves(tree)], axis=-1)
+
+
+def vector_shapes(space: gym.Space) -> list[tuple]:
+    """Shapes of the vectors that an element of `space` consists of."""
+    for leaf in leaves(space):
+        if not isinstance(leaf, gym.spaces.Box) or len(leaf.shape) != 1:
+            raise UserError(f"this script is not for {leaf}: it takes vectors (Box)")
+    return [leaf.shape for leaf in leaves(space)]
+
+
+def draw_batches(data: dict[str, Tensor], batch_size: int, seed: int, update: int) -> Iterator[dict]:
+    """Batches `update`, `update` + 1, ...: rows drawn with replacement, by seed and batch number alone."""
+    first = next(iter(data.values()))
+    while True:
+        block, start = divmod(update, 1000)  # the rows of 1000 batches are drawn at a time
+        rows = np.random.default_rng((seed, block)).integers(len(first), size=(1000, batch_size))
+        for batch_rows in torch.as_tensor(rows, device=first.device)[start:]:
+            yield {name: column.index_select(0, batch_rows) for name, column in data.items()}
+        update += 1000 - start
+
+
+# ------------------------------- Evaluation: what the policy earns -------------------------------
+
+
+def make_environments(dataset: minari.MinariDataset, name: str | None) -> gym.vector.VectorEnv | None:
+    """Ten environments side by side: `name`, else the dataset's own, bare if its wrappers fail; or None."""
+    with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
+        gym.register_envs(importlib.import_module("gymnasium_robotics"))  # mazes, hands and kitchen
+    spec = name or dataset._eval_env_spec or dataset.env_spec
+    if spec is None:
+        print("no environment to evaluate in (see --environment)")
+        return None
+    kwargs = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False}
+    make = partial(gym.make_vec, num_envs=10, vectorization_mode="sync", vector_kwargs=kwargs)
+    said = f"evaluated in {name or spec.id}"
+    with (
+        explain(f"cannot make {name or spec.id}", "name one to evaluate in with --environment"),
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch("tempfile.tempdir", folder),  # where mazes leave an XML file each
+    ):
+        try:
+            environments = make(spec)
+        except Exception as error:
+            if name or not spec.additional_wrappers:
+                raise
+            environments = make(dataclasses.replace(spec, additional_wrappers=()))
+            said += f", without its recorded wrappers: {error!r:.100}"
+    print(said)
+    theirs = environments.single_observation_space, environments.single_action_space
+    ours = dataset.observation_space, dataset.action_space
+    ours, theirs = tuple(map(gym.spaces.flatdim, ours)), tuple(map(gym.spaces.flatdim, theirs))
+    if ours != theirs:
+        problem = f"observations and actions are of sizes {ours} in {dataset.id}, {theirs} in the environment"
+        raise UserError(f"{problem}: name one that fits with --environment")
+    return environments
+
+
+def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, seed: tuple) -> pd.DataFrame:
+    """A row an episode: return, length, success (nan if the environment knows none); by `seed` alone.
+
+    Every environment plays one episode a round; one that ends early plays on, uncounted, so that the policy's
+    batch keeps its size, on which the last bits of an action depend.
+    """
+    count, rounds = environments.num_envs, []
+    seeds = np.random.SeedSequence(seed).generate_state(episodes + count).tolist()
+    with torch.random.fork_rng():  # training goes on as if nothing had been evaluated
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
+        for first in range(0, episodes, count):
+            observations, _ = environments.reset(seed=seeds[first : first + count])
+            returns, lengths = np.zeros(count), np.zeros(count, int)
+            running, success = np.ones(count, bool), np.full(count, math.nan)
+            while running.any():
+                observations, rewards, terminations, truncations, infos = environments.step(act(observations))
+                ended = terminations | truncations
+                last = infos.get("final_info", {})  # of an episode's last step; `infos` is the next one's
+                reported = np.where(ended, last.get("success", math.nan), infos.get("success", math.nan))
+                success = np.where(running, np.fmax(success, reported), success)  # that of any step
+                returns += running * rewards
+                lengths += running
+                running &= ~ended
+            rounds.append(pd.DataFrame({"return": returns, "length": lengths, "success": success}))
+    return pd.concat(rounds, ignore_index=True)[:episodes]
+
+
+# ------------------------- The run: its folder, its record and its checkpoint -------------------------
+
+
+class Run:
+    """The folder of one run, its lock, record and checkpoint (README: What a run folder holds)."""
+
+    # These do not change the outcome: a run goes on although they differ.
+    FREE = ("device", "threads", "log_every", "checkpoint_every", "wandb_mode", "wandb_project", "output_dir")
+
+    def __init__(self, config: Config, source: str):
+        script = Path(__file__).resolve()
+        self.config, self.group = config, f"{script.stem}/{source}/{config.variant}"
+        if ".." in Path(self.group).parts or "/" in config.variant or config.variant in ("", "."):
+            raise UserError(f"{self.group} would lead out of its folder: mend the variant or the dataset")
+        self.folder = Path(config.output_dir, script.parent.name, self.group, f"seed-{config.seed}")
+        self.lock = filelock.FileLock(self.folder / "lock", timeout=0)
+        self.metrics, self.evaluations = {}, []  # rows of the CSV files, those of metrics by their update
+        self.wandb, self.interrupted = None, False
+        self.info = self.read_info()
+
+    def read_info(self) -> dict:
+        """run.json of earlier starts, if this run may go on from them; empty before the first."""
+        if not (self.folder / "run.json").exists():
+            return {}
+        info, new = read_saved(self.folder / "run.json"), dataclasses.asdict(self.config)
+        old = info["config"]
+        changed = [name for name in new if name not in self.FREE and old.get(name) != new[name]]
+        if changed:
+            fields = ", ".join(f"{name} {old.get(name)} -> {new[name]}" for name in changed)
+            raise UserError(f"{self.folder} is a run of another config: {fields}; take another --variant")
+        if info["status"] == "diverged":
+            raise Diverged(f"{self.folder} has {info['result']}, under another --variant")
+        return info
+
+    @contextlib.contextmanager
+    def start(self, learner, **facts):
+        """Around the training loop: what was saved is restored first, and how it ended is noted."""
+        try:
+            self.lock.acquire()
+        except filelock.Timeout:
+            raise UserError(f"another process is at work in {self.folder}") from None
+        self.info, seconds = self.read_info(), 0.0
+        if (self.folder / "checkpoint.pt").exists():
+            checkpoint = read_saved(self.folder / "checkpoint.pt")
+            restore(learner, checkpoint)
+            self.metrics, self.evaluations = checkpoint["metrics"], checkpoint["evaluations"]
+            seconds = checkpoint["seconds"]
+            torch.set_rng_state(checkpoint["rng"])
+            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+            print(f"resumed at update {learner.updates:,}")
+            for key in [key for key in facts if self.info.get(key) != facts[key]]:
+                print(f"resumed with {key} {facts[key]}, begun with {self.info.get(key)}: maybe other bits")
+            commits = [*self.info.get("commit", "").split(), facts["commit"]]
+            facts["commit"] = " ".join(dict.fromkeys(commits))  # every one that took part
+        self.saved = self.printed = self.mark = time.perf_counter()
+        self.began, self.marked = self.mark - seconds, learner.updates
+        config = dataclasses.asdict(self.config)
+        identity = json.dumps({name: value for name, value in config.items() if name not in self.FREE})
+        facts["config_hash"] = hashlib.sha256(identity.encode()).hexdigest()
+        self.write("config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+        self.note(status="running", result="not finished", config=config, **facts)
+        self.write_tables()
+        handler = signal.signal(signal.SIGINT, self.interrupt)
+        try:
+            yield
+        except Exception as error:  # after Ctrl-C the status is still running
+            self.note(status="diverged" if isinstance(error, Diverged) else "failed", result=f"{error}"[:300])
+            raise
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            self.lock.release()
+
+    def interrupt(self, *_) -> None:
+        """Ctrl-C: the run ends when the update under way is done and saved; a second one ends it at once."""
+        print("\nends after the update under way, which is saved", flush=True)
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def write(self, name: str, content: bytes) -> None:
+        """All of it or nothing, whenever the process is killed or the disk is full."""
+        new = self.folder / f"{name}.new"
+        try:
+            new.write_bytes(content)
+            new.replace(self.folder / name)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            raise UserError(f"cannot write {new}: {error.strerror}; mend it and run the same again") from None
+
+    def note(self, **info) -> None:
+        """Writes into run.json what is known of the run."""
+        self.info |= info
+        self.write("run.json", json.dumps(self.info, indent=1).encode())
+
+    def write_tables(self) -> None:
+        """metrics.csv, a row an update, and evaluations.csv, a row an episode."""
+        for name, rows in {"metrics": [*self.metrics.values()], "evaluations": self.evaluations}.items():
+            table = pd.DataFrame(rows, columns=None if rows else ["update"])
+            self.write(f"{name}.csv", table.to_csv(index=False).encode())
+
+    def is_due(self, update: int, every: int) -> bool:
+        return update % every == 0 or update == self.config.updates
+
+    def log(self, update: int, metrics: Mapping[str, Tensor | float]) -> None:
+        """More of this update's row in metrics.csv; where a value is not finite, the run ends."""
+        row = {"update": update, **{name: float(value) for name, value in metrics.items()}}
+        lost = ", ".join(name for name, value in row.items() if not math.isfinite(value))
+        if lost:
+            raise Diverged(f"diverged by update {update}: {lost} not finite; lower a learning rate")
+        now = time.perf_counter()
+        if now - self.printed > 60 and not sys.stderr.isatty():  # there is no progress bar
+            print(f"update {update:,} of {self.config.updates:,}", flush=True)
+            self.printed = now
+        if update > self.marked:  # evaluations do not count
+            row["time/updates_per_second"] = (update - self.marked) / (now - self.mark)
+        row["time/wall_seconds"] = now - self.began
+        self.metrics[update] = self.metrics.get(update, {}) | row
+        self.write_tables()
+        self.mirror(row)
+        self.mark, self.marked = time.perf_counter(), update
+
+    def log_episodes(self, update: int, phase: str, episodes: pd.DataFrame, references: tuple) -> None:
+        """An evaluation; `references` are the returns that score 0 and 100, None where unknown."""
+        table = episodes.reset_index(names="episode").assign(update=update, phase=phase)
+        self.evaluations += table[["update", "phase", "episode", *episodes]].to_dict("records")
+        (low, high), mean = references, episodes.mean().tolist()
+        result = {"score": math.nan, "return_mean": mean[0], "return_std": episodes["return"].std(ddof=0)}
+        if None not in references:
+            result["score"] = 100 * (mean[0] - low) / (high - low)
+        result |= {"length_mean": mean[1], "success": mean[2]}
+        known = {name: float(value) for name, value in result.items() if not math.isnan(value)}
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in known.items())
+        tqdm.write(f"update {update:,}, {phase} evaluation: {shown}")
+        if phase == "final":
+            self.info |= dict.fromkeys(result) | known  # null where unknown
+            self.write_tables()
+            self.mirror({"update": update, **{f"final/{name}": value for name, value in known.items()}})
+        else:
+            self.log(update, {f"eval/{name}": value for name, value in known.items()})
+
+    def mirror(self, row: dict) -> None:
+        """To wandb, which is no record: where it fails, the run goes on without it."""
+        if self.config.wandb_mode == "disabled":
+            return
+        try:
+            import wandb  # takes seconds
+
+            if self.wandb is None:
+                self.note(wandb_id=self.info.get("wandb_id", os.urandom(4).hex()))
+                self.wandb = wandb.init(
+                    project=self.config.wandb_project, group=self.group, name=f"seed-{self.config.seed}",
+                    config=self.info["config"], mode=self.config.wandb_mode, dir=self.folder,
+                    id=self.info["wandb_id"], resume="allow", settings=wandb.Settings(silent=True))
+            self.wandb.log(row, step=row["update"])
+        except Exception as error:
+            print(f"wandb failed, and the run goes on without it: {error!r:.200}", file=sys.stderr)
+            self.config.wandb_mode = "disabled"
+
+    def save_when_due(self, learner) -> None:
+        """A checkpoint every `checkpoint_every` updates, every ten minutes and before Ctrl-C ends the run."""
+        late = time.perf_counter() - self.saved > 600
+        if self.is_due(learner.updates, self.config.checkpoint_every) or late or self.interrupted:
+            self.save(learner)
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def save(self, learner) -> None:
+        """Everything from which the run goes on to the same bits, if it is finite."""
+        parts = {name: part for name, part in vars(learner).items() if hasattr(part, "state_dict")}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        if not all(leaf.isfinite().all() for leaf in leaves(state) if isinstance(leaf, Tensor)):
+            raise Diverged("diverged: weights not finite; lower a learning rate")
+        self.saved = time.perf_counter()
+        rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        tables = {"metrics": self.metrics, "evaluations": self.evaluations}
+        checkpoint = {"updates": learner.updates, "state": state, "seconds": self.saved - self.began}
+        buffer = io.BytesIO()
+        torch.save(checkpoint | rng | tables, buffer)
+        self.write("checkpoint.pt", buffer.getvalue())
+
+    def finish(self) -> None:
+        """Notes what the run came to: its final evaluation, if there was one, and the best on the way."""
+        table, result = pd.DataFrame(self.metrics.values()), "not evaluated"
+        if "score" in self.info:
+            kind = "return_mean" if self.info["score"] is None else "score"
+            best = table[f"eval/{kind}"].max()
+            self.info["best_score"] = best if kind == "score" else None
+            result = f"{kind} {self.info[kind]:.1f} (best on the way, chosen with the simulator: {best:.1f})"
+        speed, seconds = table["time/updates_per_second"].median(), time.perf_counter() - self.began
+        self.note(status="finished", result=result, wall_seconds=seconds, updates_per_second=speed)
+        print(f"{self.folder}: {result}")
+
+
+def read_saved(file: Path) -> dict:
+    """run.json or checkpoint.pt of a run; an error where it is damaged."""
+    with explain(f"cannot read {file}", f"remove {file.parent} to start anew"):
+        if file.suffix == ".json":
+            saved, kinds = json.loads(file.read_text()), {"config": dict, "status": str, "result": str}
+        else:
+            damaged = zipfile.ZipFile(file).testzip()  # torch.load does not look at the sums
+            if damaged:
+                raise ValueError(f"{damaged} is damaged")
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            kinds = {"updates": int, "state": dict, "metrics": dict, "evaluations": list, "seconds": float}
+        wrong = [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]
+        if wrong:
+            raise ValueError(f"no {' and no '.join(wrong)}")
+    return saved
+
+
+def restore(learner, checkpoint: dict) -> None:
+    """Puts the states of a checkpoint into the parts of `learner` that they are named for."""
+    with explain("the checkpoint does not fit this script", "take the commit that run.json names"):
+        for name, state in checkpoint["state"].items():
+            vars(learner)[name].load_state_dict(state)
+        learner.updates = checkpoint["updates"]
+
+
+def provenance(device: torch.device) -> dict:
+    """Commit (with a + where files differ from it), versions and hardware, as far as they are known here."""
+    here, commit = Path(__file__).resolve().parent, ""
+    if shutil.which("git"):
+        describe = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        found = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False)
+        commit = found.stdout.strip()
+    names = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
+    installed = {found.name: found.version for found in importlib.metadata.distributions()}
+    versions = {"python": sys.version.partition(" ")[0]}
+    versions |= {name: installed[name] for name in names if name in installed}
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    hardware = cpuinfo.partition("model name\t: ")[2].partition("\n")[0]
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    hardware = f"{device.type}: {hardware}"
+    return {"commit": commit, "device": hardware, "threads": torch.get_num_threads(), "versions": versions}
+
+
+# ------------------------------ The command line and its errors ------------------------------
+
+
+class UserError(Exception):
+    """What the user can mend: `main` prints it in one line."""
+
+
+class Diverged(UserError):
+    """A loss or weight that is not finite any more."""
+
+
+@contextlib.contextmanager
+def explain(problem: str, advice: str) -> Iterator[None]:
+    """Whatever is raised inside becomes an error of one line: the problem, what was raised, what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{problem}: {error!r:.200}; {advice}") from None
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """Config from the YAML file of `--config_path`, then from `--field value`: pyrallis reads both."""
+    register = pyrallis.decode.register
+    register(int, partial(number, int, 0, 2**32 - 1))
+    register(Count, partial(number, int, 1, math.inf))
+    register(float, partial(number, float, -math.inf, math.inf))
+    register(Size, partial(number, float, 0, math.inf))
+    register(Positive, partial(number, float, 1e-6, math.inf))
+    register(Share, partial(number, float, 0, 1))
+    register(bool, partial(choice, (True, False)))
+    register(Precision, partial(choice, ("highest", "high", "medium")))
+    register(WandbMode, partial(choice, ("offline", "online", "disabled")))
+    register(str, text)
+    register(Config, decode_config)
+    with mock.patch("inspect.getsource", cache(inspect.getsource)):  # pyrallis asks field by field
+        parser = pyrallis.argparsing.ArgumentParser(Config, allow_abbrev=False, exit_on_error=False)
+    try:
+        config, unknown = parser.parse_known_args(arguments)
+        decode_config({word.lstrip("-").partition("=")[0]: None for word in unknown})
+    except UserError:
+        raise
+    except Exception as error:  # argparse, yaml and the disk have no error in common
+        raise UserError(f"cannot read the config, {' '.join(arguments)}: {error}; see --help") from None
+    return config
+
+
+def decode_config(values: dict) -> Config:
+    """A Config of what pyrallis has read; an error that names the field, or the nearest one."""
+    kinds, decoded = {field.name: field.type for field in dataclasses.fields(Config)}, {}
+    for name, value in values.items():
+        if name not in kinds:
+            near = difflib.get_close_matches(str(name), kinds, 1)
+            advice = f"did you mean {near[0]}?" if near else "see --help"
+            raise UserError(f"unknown field {name}: {advice}")
+        try:
+            decoded[name] = pyrallis.decode(kinds[name], value)
+        except Exception as error:
+            raise UserError(f"{name}: {error}") from None
+    return Config(**decoded)
+
+
+def number(kind: type, low: float, high: float, value) -> int | float:
+    """`value` as an int or a float within limits: 1e6 is an int, 2.5 and true are none."""
+    found = math.nan if isinstance(value, bool) else float(value)
+    if not (math.isfinite(found) and low <= found <= high) or found != kind(found):
+        raise ValueError(f"{value!r} is not {kind.__name__} in [{low}, {high}]")
+    return kind(found)
+
+
+def text(value) -> str:
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not text")
+    return str(value)
+
+
+def choice(choices: tuple, value):
+    if type(value) is not type(choices[0]) or value not in choices:
+        raise ValueError(f"{value!r} is not {' or '.join(map(str, choices))}")
+    return value
+
+
+def main(action: Callable[[Config], None]) -> None:
+    """The command line of `action`: what the user can mend ends in one line on stderr."""
+    try:
+        return action(parse_config(sys.argv[1:]))
+    except (UserError, OSError) as error:
+        message, status = f"{error}", 3 if isinstance(error, Diverged) else 2
+    except KeyboardInterrupt:
+        message, status = "interrupted; the same command goes on from what is saved", 130
+    print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main(train)

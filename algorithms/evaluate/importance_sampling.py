@@ -1,0 +1,506 @@
+"""Importance sampling: what a policy is worth, from the logs of another (Precup et al., 2000).
+
+An episode that the policy would have taken more often than the logger did counts for more, in proportion.
+It is unbiased, but for what weighting adds, where the logger tries all that the policy does, and it is
+useless where few episodes carry all the weight. The effective sample size says so; and a mean weight far
+from 1, that the log does not show what the policy does.
+
+  (1)  w_t = prod_{k <= t} pi(a_k|s_k) / b(a_k|s_k)                  b: the logger's policy, its propensities
+  (2)  IS = mean_i w_T sum_t gamma^t r_t                             one weight for the whole episode
+  (3)  PDIS = mean_i sum_t gamma^t w_t r_t                           per decision: what came before the reward
+  (4)  WIS = sum_i w_T sum_t gamma^t r_t / sum_i w_T                 weighted: biased, but with less variance
+  (5)  WPDIS = sum_t gamma^t sum_i w_t r_t / sum_i w_t               an ended episode keeps its last weight
+  (6)  ESS = (sum_i w_T)^2 / sum_i w_T^2                             so many episodes of its own say as much
+  (7)  interval: the 2.5 % and 97.5 % quantiles of an estimate over resamples of the episodes
+
+Where the log has no propensities, b is a policy cloned from it, and the table says so. A vector of actions
+has a density only under a policy with noise: pi is a Gaussian of deviation `policy_std` around its action.
+
+Differences from the paper: an episode that a time limit cut counts as it is, without what would have come
+after; (6) and (7) are not the paper's.
+
+  python algorithms/evaluate/importance_sampling.py --dataset reef/sepsis/clinician-v0
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
+from glob import glob
+from pathlib import Path
+from typing import NewType
+from unittest import mock
+
+import gymnasium as gym
+import huggingface_hub
+import minari
+import numpy as np
+import pandas as pd
+import pyrallis
+import torch
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+
+Count = NewType("Count", int)  # at least 1
+Size = NewType("Size", float)  # at least 0
+Positive = NewType("Positive", float)  # at least a millionth
+Share = NewType("Share", float)  # from 0 to 1
+Precision = NewType("Precision", str)
+WandbMode = NewType("WandbMode", str)
+
+
+@dataclasses.dataclass
+class Config:
+    """Importance sampling."""
+
+    dataset: str = "reef/sepsis/clinician-v0"  # Minari id of the log
+    policies: str = "behavior uniform"  # run folders or globs of them, behavior, uniform; parted by spaces
+    seed: int = 0  # of the clone and the resamples
+    variant: str = "default"  # names these settings in the folder
+    discount: Share = 1.0  # gamma
+    resamples: Count = 1000  # of the episodes, (7)
+    policy_std: Positive = 0.1  # deviation of vectors of actions, which are in [-1, 1]
+    clone_updates: Count = 5000  # gradient updates of the logger's policy, where its propensities are unknown
+    output_dir: str = "results/runs"  # where values.csv goes: a folder evaluate/importance_sampling/... in it
+
+
+# -------------------------------------------- The estimators --------------------------------------------
+
+
+def estimators(log_ratios: np.ndarray, rewards: np.ndarray, discount: float) -> dict[str, tuple]:
+    """{name: (terms, weights)}, both [N, K], from log pi/b and rewards [N, T], both zero beyond an end.
+
+    An estimate is sum_k (sum_i terms) / (sum_i weights), see `combine`.
+    """
+    weights = cumulative_weights(log_ratios)
+    rewards = discount ** np.arange(rewards.shape[1]) * rewards
+    last, returns, even = weights[:, -1:], rewards.sum(1, keepdims=True), np.ones_like(weights)
+    return {
+        "IS": (last * returns, even[:, -1:]),  # (2)
+        "PDIS": (weights * rewards, even),  # (3)
+        "WIS": (last * returns, last),  # (4)
+        "WPDIS": (weights * rewards, weights),  # (5)
+    }
+
+
+def weigh_episodes(config: Config) -> None:
+    """Prints and records the value of every policy by every estimator."""
+    dataset = load_dataset(config.dataset)
+    log = side_by_side(dataset)
+    choices = int(dataset.action_space.n) if log["actions"].ndim == 2 else 0
+    policies = gather_policies(config.policies, choices)
+    log_b, source = log_propensities(dataset, log, config.clone_updates, config.seed)
+    rows = []
+    for name, policy in policies.items():
+        log_pi = log_b  # behavior: the logger itself
+        if policy:
+            given = ask(policy, name, log["observations"][:, :-1][log["mask"]], dataset, log)
+            log_pi = log_likelihoods(given, log, config.policy_std)
+        log_ratios = log_pi - log_b
+        weights = cumulative_weights(log_ratios)[:, -1]
+        facts = {"ess": effective_size(weights), "mean_weight": weights.mean(), "propensities": source}
+        found = estimators(log_ratios, log["rewards"], config.discount)
+        for estimator, (terms, weights) in found.items():
+            value, low, high = bootstrap(terms, weights, config.resamples, config.seed)
+            row = {"policy": name, "estimator": estimator, "value": value, "low": low, "high": high}
+            rows.append(row | facts | {"episodes": len(terms)})
+    record(config, rank(pd.DataFrame(rows)))
+
+
+# -------------------- Toolbox: the same in every script that has it, word for word --------------------
+
+
+# --------------------------- Weights of episodes, estimates and their intervals ---------------------------
+
+
+def log_propensities(dataset: minari.MinariDataset, log: dict, updates: int, seed: int) -> tuple:
+    """log b(a|s) [N, T] of the log's actions, zero beyond an end; and whence it is: "log" or "cloned"."""
+    result = np.zeros(log["mask"].shape)
+    if "propensities" in log:
+        result[log["mask"]] = np.log(log["propensities"][log["mask"]])
+        return result, "log"
+    clone = clone_behavior(dataset, log, updates, seed)
+    observations = torch.as_tensor(log["observations"][:, :-1][log["mask"]])
+    with torch.no_grad():
+        result[log["mask"]] = clone.log_likelihood(observations, torch.as_tensor(log["actions"][log["mask"]]))
+    return result, "cloned"
+
+
+def log_likelihoods(given: np.ndarray, log: dict, policy_std: float) -> np.ndarray:
+    """log pi(a|s) [N, T] of the log's actions, by a policy's answers to the M steps of the log."""
+    result, actions = np.zeros(log["mask"].shape), log["actions"][log["mask"]]
+    if actions.ndim == 1:
+        with np.errstate(divide="ignore"):  # an action that the policy never takes: log 0
+            result[log["mask"]] = np.log(np.take_along_axis(given, actions[:, None], 1)[:, 0])
+    else:
+        z = (actions - given) / policy_std
+        densities = -0.5 * z**2 - math.log(policy_std) - 0.5 * math.log(2 * math.pi)
+        result[log["mask"]] = densities.sum(1)
+    return result
+
+
+def cumulative_weights(log_ratios: np.ndarray) -> np.ndarray:
+    """w_t [N, T] of log ratios [N, T]: sums of logarithms, as a product of many would leave float64."""
+    return np.exp(log_ratios.cumsum(1).clip(max=300))  # (1)
+
+
+def effective_size(weights: np.ndarray) -> float:
+    """Of episodes with weights [N]; 0 where none has any."""
+    return float(weights.sum() ** 2 / max((weights**2).sum(), 1e-300))  # (6)
+
+
+def combine(terms: np.ndarray, weights: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Estimates [R] from terms and weights [N, K], each episode taken as often as counts [R, N] say."""
+    with np.errstate(invalid="ignore"):  # nan where no episode has a weight: the value is unknown
+        return ((counts @ terms) / (counts @ weights)).sum(1)
+
+
+def bootstrap(terms: np.ndarray, weights: np.ndarray, resamples: int, seed: int) -> tuple:
+    """An estimate and its 95 % interval: over resamples of the episodes, with replacement."""
+    episodes = len(terms)
+    counts = np.random.default_rng(seed).multinomial(episodes, np.full(episodes, 1 / episodes), resamples)
+    found = combine(terms, weights, counts.astype(float))
+    found = found[np.isfinite(found)]
+    low, high = np.quantile(found, [0.025, 0.975]) if len(found) else (math.nan, math.nan)  # (7)
+    return float(combine(terms, weights, np.ones((1, episodes)))[0]), float(low), float(high)
+
+
+# ------------------------------------------ The table of values ------------------------------------------
+
+
+def rank(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with the rank of each policy by its estimator: 1 is the highest value."""
+    ranks = table.groupby("estimator")["value"].rank(ascending=False, method="min")
+    return table.assign(rank=ranks.astype("Int64"))
+
+
+def record(config: Config, table: pd.DataFrame, name: str = "values") -> None:
+    """Writes <name>.csv and the config into the folder of these settings, and prints the table."""
+    script = Path(__file__).resolve()
+    folder = Path(config.output_dir, script.parent.name, script.stem, config.dataset, config.variant)
+    folder = folder / f"seed-{config.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    table.to_csv(folder / f"{name}.csv", index=False)
+    print(table.to_string(index=False, float_format="{:.4f}".format))
+    print(f"written to {folder / name}.csv")
+
+
+# -------------------------- The log: episodes side by side, and policies --------------------------
+
+
+def side_by_side(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
+    """N episodes side by side, T steps in the longest; zeros beyond an end, where `mask` is False.
+
+    observations [N, T + 1, ...] (states as numbers, planes as they are, else float32 vectors), actions [N, T]
+    (choices from 0) or [N, T, act_dim] in [-1, 1], rewards, terminations and mask [N, T], and propensities
+    [N, T] where every step's infos have a "propensity": how likely its choice was. Vectors of actions come
+    with their bounds [2, act_dim].
+    """
+    space, columns = dataset.action_space, defaultdict(list)
+    is_vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+    if not is_vector and not isinstance(space, gym.spaces.Discrete):
+        raise UserError(f"this script is not for {space}: it takes choices (Discrete) or vectors (Box)")
+    numbered = isinstance(dataset.observation_space, gym.spaces.Discrete)
+    raw = numbered or dataset.observation_space.dtype == np.uint8
+    for episode in dataset.iterate_episodes():
+        columns["observations"].append(episode.observations if raw else flatten(episode.observations))
+        columns["actions"].append(episode.actions if is_vector else episode.actions - space.start)
+        columns["rewards"].append(np.asarray(episode.rewards, np.float64))
+        columns["terminations"].append(np.asarray(episode.terminations, np.float32))
+        columns["mask"].append(np.ones(len(episode.rewards), bool))
+        if not is_vector and "propensity" in (episode.infos or {}):
+            columns["propensities"].append(np.asarray(episode.infos["propensity"], np.float64))
+        for name in ("observations", "actions", "rewards"):
+            if not np.isfinite(columns[name][-1]).all():
+                raise UserError(f"{dataset.id}, episode {episode.id}: {name} are not all finite")
+    if len(columns["propensities"]) < len(columns["rewards"]):
+        del columns["propensities"]  # unknown in some episodes: no use
+    log = {name: pad(arrays) for name, arrays in columns.items()}
+    if is_vector:
+        low, high = log["bounds"] = bounds_of_actions(space, log["actions"][log["mask"]])
+        scaled = 2 * (log["actions"].clip(low, high) - low) / (high - low) - 1
+        log["actions"] = scaled.astype(np.float32)
+    return log
+
+
+def pad(arrays: list[np.ndarray]) -> np.ndarray:
+    """Arrays [T_i, ...] side by side [N, T, ...], zeros beyond those that are shorter than the longest."""
+    padded = np.zeros((len(arrays), max(map(len, arrays)), *arrays[0].shape[1:]), arrays[0].dtype)
+    for row, array in zip(padded, arrays):
+        row[: len(array)] = array
+    return padded
+
+
+def bounds_of_actions(space: gym.spaces.Box, actions: np.ndarray) -> np.ndarray:
+    """Lower and upper [2, act_dim] of actions [M, act_dim]; where there are none, the log's extremes."""
+    low = np.where(np.isfinite(space.low), space.low, actions.min(0))
+    return np.stack([low, np.where(np.isfinite(space.high), space.high, actions.max(0))])
+
+
+class Features(nn.Module):
+    """Observations [B, ...] -> vectors [B, inputs]: states one-hot, numbers standardised as in the log."""
+
+    def __init__(self, space: gym.Space, log: dict[str, np.ndarray]):
+        super().__init__()
+        self.one_hot = isinstance(space, gym.spaces.Discrete)
+        if self.one_hot:
+            self.inputs = int(space.n)
+            return
+        seen = log["observations"][:, :-1][log["mask"]]
+        seen = seen.reshape(len(seen), -1)
+        self.inputs = seen.shape[1]
+        self.register_buffer("mean", torch.as_tensor(seen.mean(0, np.float64)).float())
+        self.register_buffer("std", torch.as_tensor(seen.std(0, np.float64) + 1e-3).float())
+
+    def forward(self, observations: Tensor) -> Tensor:
+        if self.one_hot:
+            return nn.functional.one_hot(observations.long(), self.inputs).float()
+        return (observations.flatten(1) - self.mean) / self.std
+
+
+class Clone(nn.Module):
+    """The policy behind a log: a softmax over choices, or a Gaussian around a tanh mean."""
+
+    def __init__(self, features: Features, outputs: int, choices: bool):
+        super().__init__()
+        self.features, self.choices = features, choices
+        self.net = mlp(features.inputs, 64, 2, outputs)
+        if not choices:
+            self.log_std = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Probabilities [B, A] of choices, or mean actions [B, act_dim] in [-1, 1]."""
+        outputs = self.net(self.features(observations))
+        return outputs.softmax(-1) if self.choices else torch.tanh(outputs)
+
+    def log_likelihood(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Log probability or density [B] of the log's actions."""
+        if self.choices:
+            return self.net(self.features(observations)).log_softmax(-1).gather(1, actions[:, None])[:, 0]
+        log_std = self.log_std.clamp(-5, 2)
+        z = (actions - self(observations)) / log_std.exp()
+        return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def clone_behavior(dataset: minari.MinariDataset, log: dict, updates: int, seed: int) -> Clone:
+    """Fits a policy to the log by maximum likelihood."""
+    torch.manual_seed(seed)
+    choices = log["actions"].ndim == 2
+    outputs = int(dataset.action_space.n) if choices else log["actions"].shape[-1]
+    clone = Clone(Features(dataset.observation_space, log), outputs, choices)
+    optimizer = torch.optim.Adam(clone.parameters(), 1e-3, fused=True)
+    observations = torch.as_tensor(log["observations"][:, :-1][log["mask"]])
+    actions = torch.as_tensor(log["actions"][log["mask"]])
+    rng = np.random.default_rng(seed)
+    for _ in tqdm(range(updates), "cloning the log's policy", disable=None):
+        rows = rng.integers(len(actions), size=256)
+        descend(optimizer, -clone.log_likelihood(observations[rows], actions[rows]).mean())
+    return clone
+
+
+def gather_policies(names: str, choices: int) -> dict[str, Callable | None]:
+    """{name: policy} of "behavior" (None), "uniform", and run folders or globs of them, parted by spaces.
+
+    A policy takes observations [M, ...]; it gives probabilities [M, A] of choices, or actions [M, act_dim]
+    in the environment's units.
+    """
+    found = {}
+    for name in names.split():
+        folders = [folder for folder in sorted(glob(name)) if Path(folder, "checkpoint.pt").exists()]
+        if name == "behavior":
+            found[name] = None
+        elif name == "uniform" and choices:
+            found[name] = partial(uniform_policy, choices)
+        elif folders:
+            found |= {folder: load_policy(folder, choices) for folder in folders}
+        else:
+            raise UserError(f"policies: {name} is no folder of a run with a checkpoint")
+    return found
+
+
+def uniform_policy(choices: int, observations: np.ndarray) -> np.ndarray:
+    """Probabilities [M, A], all the same."""
+    return np.full((len(observations), choices), 1 / choices)
+
+
+def load_policy(folder: str, choices: int) -> Callable:
+    """The policy of a run, by `load` of the script that the folder's path names: .../<family>/<script>/..."""
+    here, parts = Path(__file__).resolve().parents[1], Path(folder).resolve().parts
+    paths = [here / family / f"{name}.py" for family, name in zip(parts, parts[1:])]
+    known = [path for path in paths if path.exists()]
+    if not known:
+        raise UserError(f"policies: the path {folder} names no script of {here}")
+    with explain(f"cannot load {folder}", f"is it a run of {known[0]}?"):
+        name = f"reef_{known[0].parent.name}_{known[0].stem}"
+        spec = importlib.util.spec_from_file_location(name, known[0])
+        script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        learner = script.load(folder)
+        return learner.probabilities if choices else learner.act
+
+
+def ask(policy: Callable, name: str, observations: np.ndarray, dataset, log: dict) -> np.ndarray:
+    """Probabilities [M, A], or mean actions [M, act_dim] in [-1, 1], for observations [M, ...]."""
+    with explain(f"{name} does not fit {dataset.id}", "evaluate it on a log of its own environment"):
+        parts = np.array_split(observations, len(observations) // 4096 + 1)
+        given = np.concatenate([np.asarray(policy(part)) for part in parts]).astype(np.float64)
+        if log["actions"].ndim == 3:
+            low, high = log["bounds"]
+            given = 2 * (given - low) / (high - low) - 1
+        wanted = len(observations), gym.spaces.flatdim(dataset.action_space)
+        if given.shape != wanted:
+            raise ValueError(f"its answers are of shape {given.shape}, not {wanted}")
+    return given
+
+
+def mlp(inputs: int, hidden_dim: int, hidden_layers: int, outputs: int) -> nn.Sequential:
+    """ReLU network [..., inputs] -> [..., outputs]."""
+    sizes = [inputs] + [hidden_dim] * hidden_layers
+    hidden = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(sizes[-1], outputs))
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step down the gradient of `loss` for the parameters of `optimizer` and no others."""
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+        parameter.grad = gradient.contiguous()  # fused Adam takes no account of strides
+    optimizer.step()
+
+
+def load_dataset(name: str) -> minari.MinariDataset:
+    """The dataset on this machine, else from the Minari hub; says which."""
+    local, ours = (minari.storage.get_dataset_path(name) / "data").exists(), name.startswith("reef/")
+    advice = f"make it: make dataset ID={name}" if ours else f"see minari list remote, minari download {name}"
+    configs = Path(__file__).resolve().parent / "../../configs"
+    known = {"/".join(file.with_suffix("").parts[-3:]) for file in configs.glob("*/*/*/*/*.yaml")}
+    near = difflib.get_close_matches(name, known - {name}, 2)
+    if local:
+        advice = f"minari delete {name}, then get it anew ({advice})"
+    elif near:
+        advice = f"did you mean {' or '.join(near)}? Else {advice}"
+    with explain(f"cannot load {name}", advice):
+        if not local and not ours:  # ask once: the hub's client would ask for half a minute
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=4)
+        dataset = minari.load_dataset(name, download=not ours)
+        list(dataset.storage.get_episode_metadata(dataset.episode_indices[-1:]))  # is the file whole?
+    source = "on this machine" if local else "from the Minari hub"
+    print(f"{name}, {source}: {dataset.total_episodes:,} episodes, {dataset.total_steps:,} steps")
+    return dataset
+
+
+def leaves(tree) -> list:
+    """The entries of a Dict in the order of its sorted keys, however deep; anything else is its own leaf."""
+    if isinstance(tree, Mapping):
+        return [leaf for key in sorted(tree) for leaf in leaves(tree[key])]
+    return [tree]
+
+
+def flatten(tree) -> np.ndarray:
+    """An array as float32; the leaves of a Dict side by side: [..., obs_dim]."""
+    return np.concatenate([np.asarray(leaf, np.float32) for leaf in leaves(tree)], axis=-1)
+
+
+# ------------------------------ The command line and its errors ------------------------------
+
+
+class UserError(Exception):
+    """What the user can mend: `main` prints it in one line."""
+
+
+class Diverged(UserError):
+    """A loss or weight that is not finite any more."""
+
+
+@contextlib.contextmanager
+def explain(problem: str, advice: str) -> Iterator[None]:
+    """Whatever is raised inside becomes an error of one line: the problem, what was raised, what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{problem}: {error!r:.200}; {advice}") from None
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """Config from the YAML file of `--config_path`, then from `--field value`: pyrallis reads both."""
+    register = pyrallis.decode.register
+    register(int, partial(number, int, 0, 2**32 - 1))
+    register(Count, partial(number, int, 1, math.inf))
+    register(float, partial(number, float, -math.inf, math.inf))
+    register(Size, partial(number, float, 0, math.inf))
+    register(Positive, partial(number, float, 1e-6, math.inf))
+    register(Share, partial(number, float, 0, 1))
+    register(bool, partial(choice, (True, False)))
+    register(Precision, partial(choice, ("highest", "high", "medium")))
+    register(WandbMode, partial(choice, ("offline", "online", "disabled")))
+    register(str, text)
+    register(Config, decode_config)
+    with mock.patch("inspect.getsource", cache(inspect.getsource)):  # pyrallis asks field by field
+        parser = pyrallis.argparsing.ArgumentParser(Config, allow_abbrev=False, exit_on_error=False)
+    try:
+        config, unknown = parser.parse_known_args(arguments)
+        decode_config({word.lstrip("-").partition("=")[0]: None for word in unknown})
+    except UserError:
+        raise
+    except Exception as error:  # argparse, yaml and the disk have no error in common
+        raise UserError(f"cannot read the config, {' '.join(arguments)}: {error}; see --help") from None
+    return config
+
+
+def decode_config(values: dict) -> Config:
+    """A Config of what pyrallis has read; an error that names the field, or the nearest one."""
+    kinds, decoded = {field.name: field.type for field in dataclasses.fields(Config)}, {}
+    for name, value in values.items():
+        if name not in kinds:
+            near = difflib.get_close_matches(str(name), kinds, 1)
+            advice = f"did you mean {near[0]}?" if near else "see --help"
+            raise UserError(f"unknown field {name}: {advice}")
+        try:
+            decoded[name] = pyrallis.decode(kinds[name], value)
+        except Exception as error:
+            raise UserError(f"{name}: {error}") from None
+    return Config(**decoded)
+
+
+def number(kind: type, low: float, high: float, value) -> int | float:
+    """`value` as an int or a float within limits: 1e6 is an int, 2.5 and true are none."""
+    found = math.nan if isinstance(value, bool) else float(value)
+    if not (math.isfinite(found) and low <= found <= high) or found != kind(found):
+        raise ValueError(f"{value!r} is not {kind.__name__} in [{low}, {high}]")
+    return kind(found)
+
+
+def text(value) -> str:
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not text")
+    return str(value)
+
+
+def choice(choices: tuple, value):
+    if type(value) is not type(choices[0]) or value not in choices:
+        raise ValueError(f"{value!r} is not {' or '.join(map(str, choices))}")
+    return value
+
+
+def main(action: Callable[[Config], None]) -> None:
+    """The command line of `action`: what the user can mend ends in one line on stderr."""
+    try:
+        return action(parse_config(sys.argv[1:]))
+    except (UserError, OSError) as error:
+        message, status = f"{error}", 3 if isinstance(error, Diverged) else 2
+    except KeyboardInterrupt:
+        message, status = "interrupted; the same command goes on from what is saved", 130
+    print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main(weigh_episodes)

@@ -1,0 +1,61 @@
+"""What the tests of algorithms/discrete share: learners with fixed weights, three rows, targets in NumPy."""
+
+import numpy as np
+import torch
+from conftest import learner_class, load_script
+from oracles import BATCH, fix_weights, perceptron, weights
+
+CHOICES = 4
+ACTIONS = [2, 0, 3]
+SEED = 1  # of weights by which critic and target disagree about the best next choice
+
+
+def learner(name: str, shape: tuple = (3,), weight_seed: int = SEED, **fields):
+    """A learner of vectors [3] and four choices, whose encoder changes nothing, with fixed weights."""
+    script = load_script(f"discrete/{name}.py")
+    encoder = script.Encoder(np.zeros(shape), np.ones(shape), 0, 0, CHOICES, 0)
+    fields = {"hidden_dim": 5, "hidden_layers": 1, "discount": 0.9} | fields
+    known = {key: value for key, value in fields.items() if hasattr(script.Config, key)}
+    return fix_weights(learner_class(script)(script.Config(**known), encoder), weight_seed)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """An ordinary transition, one that terminated, and one that a time limit cut."""
+    return {key: torch.tensor(rows) for key, rows in (BATCH | {"actions": ACTIONS}).items()}
+
+
+def rows() -> dict[str, np.ndarray]:
+    return {key: np.array(values) for key, values in BATCH.items()}
+
+
+def chosen(layers: list[np.ndarray]) -> np.ndarray:
+    """Q(s, a) [3] of the batch's choices."""
+    return perceptron(layers, rows()["observations"])[np.arange(3), ACTIONS]
+
+
+def target(q: list[np.ndarray], target_q: list[np.ndarray], allowed: np.ndarray) -> np.ndarray:
+    """y [3]: the online network takes the best of the allowed choices [3, 4], the target values it."""
+    data, result = rows(), []
+    for i in range(3):
+        after = data["next_observations"][i : i + 1]
+        best = max(np.flatnonzero(allowed[i]), key=lambda a: perceptron(q, after)[0, a])
+        ahead = 0.0 if data["terminations"][i] else 0.9 * perceptron(target_q, after)[0, best]
+        result.append(data["rewards"][i] + ahead)
+    return np.array(result)
+
+
+def huber(errors: np.ndarray) -> float:
+    """Mean of x^2 / 2 within 1, |x| - 1/2 beyond."""
+    return float(np.mean([x**2 / 2 if abs(x) < 1 else abs(x) - 0.5 for x in errors]))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    return np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+
+
+def assert_target_follows(found) -> None:
+    """After an update the target is (1 - tau) of itself and tau of the critic."""
+    before = weights(found.target_critic)
+    found.update(batch())
+    for old, new, now in zip(before, weights(found.critic), weights(found.target_critic)):
+        np.testing.assert_allclose(now, (1 - found.config.tau) * old + found.config.tau * new, atol=1e-6)
