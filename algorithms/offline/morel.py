@@ -352,7 +352,7 @@ class DynamicsEnsemble(nn.Module):
 
 
 def fit_model(learner, data: dict[str, Tensor]) -> Iterator[float]:
-    """The model's fit, one epoch after another, until for five epochs no member has got better by 1 %.
+    """The model's fit, one epoch after another, until in five (and 2,000 batches) no member got 1 % better.
 
     After each epoch all that it has come to is in the learner: a resumed run goes on with the next. The rows
     of an epoch follow from the seed and its number. In the end every member has its best layers again.
@@ -366,7 +366,8 @@ def fit_model(learner, data: dict[str, Tensor]) -> Iterator[float]:
         model.std.copy_(inputs.std(0).clamp(min=1e-3))
     size = min(config.batch_size, len(rest))
     own_rows = np.random.default_rng(config.seed).choice(rest, size=(config.ensemble, len(rest)))  # bootstrap
-    while model.epoch < config.model_epochs and model.idle < 5:
+    patience = max(5, 2000 * size // len(rest))  # epochs
+    while model.epoch < config.model_epochs and model.idle < patience:
         shuffled = np.random.default_rng((config.seed, int(model.epoch))).permuted(own_rows, axis=1)
         for start in range(0, len(rest) - size + 1, size):
             rows = torch.as_tensor(shuffled[:, start : start + size], device=device)  # [E, B]
