@@ -14,9 +14,10 @@ SAC on these imagined steps and a few real ones. Where the model is uncertain, i
   (8)  L_alpha = log alpha (H + |A|),  H = -mean log pi(a|s)                   |A|: entries of an action
   (9)  Q' <- Q' + tau (Q - Q')
 
-Differences from the paper: 10,000 rollouts at a time, not 50,000; H aims at |A|, not at 3.
-Differences from the authors' code: an imagined Hopper falls at any bound, where a misplaced bracket left out
-the lower ones; a state that the rules here don't know ends an episode if a classifier says so.
+Differences from the paper: 10,000 rollouts at a time, not 50,000; the aim for -H is |A|, not 3 everywhere;
+where no rule of an environment's ends is known, a classifier learns them; the fit waits 2,000 batches at least.
+Differences from published code: an imagined Hopper falls at any of its bounds, where a misplaced bracket left
+out the lower ones.
 
   python algorithms/offline/mopo.py --config_path configs/offline/mopo/reef/hopper/medium-replay-v1.yaml
 """
