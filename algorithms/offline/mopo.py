@@ -14,8 +14,8 @@ SAC on these imagined steps and a few real ones. Where the model is uncertain, i
   (8)  L_alpha = log alpha (H + |A|),  H = -mean log pi(a|s)                   |A|: entries of an action
   (9)  Q' <- Q' + tau (Q - Q')
 
-Differences from the paper: 10,000 rollouts at a time, not 50,000; the aim for -H is |A|, not 3 everywhere;
-where no rule of an environment's ends is known, a classifier learns them; the fit waits 2,000 batches at least.
+Differences from the paper: 10,000 rollouts at a time, not 50,000; H aims at -|A|, not at -3 everywhere;
+where no rule of an environment's ends is known, a classifier learns them; the fit waits 2,000 batches.
 Differences from published code: an imagined Hopper falls at any of its bounds, where a misplaced bracket left
 out the lower ones.
 
@@ -537,7 +537,8 @@ def split_rows(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def take_model(learner, folder: str, dataset_hash: str) -> None:
     """The fitted model of another run, if it has seen the same data in the same units."""
     info = read_saved(Path(folder, "run.json"))
-    fields = ("reward_scale", "reward_shift", "normalize_rewards", "ensemble", "elites", "model_hidden_dim")
+    fields = ["reward_scale", "reward_shift", "normalize_rewards", "environment"]  # units of y and actions
+    fields += ["ensemble", "elites", "model_hidden_dim"]
     changed = [name for name in fields if info["config"].get(name) != getattr(learner.config, name)]
     if info.get("dataset_hash") != dataset_hash:
         changed = ["dataset", *changed]

@@ -549,7 +549,8 @@ def split_rows(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def take_model(learner, folder: str, dataset_hash: str) -> None:
     """The fitted model of another run, if it has seen the same data in the same units."""
     info = read_saved(Path(folder, "run.json"))
-    fields = ("reward_scale", "reward_shift", "normalize_rewards", "ensemble", "elites", "model_hidden_dim")
+    fields = ["reward_scale", "reward_shift", "normalize_rewards", "environment"]  # units of y and actions
+    fields += ["ensemble", "elites", "model_hidden_dim"]
     changed = [name for name in fields if info["config"].get(name) != getattr(learner.config, name)]
     if info.get("dataset_hash") != dataset_hash:
         changed = ["dataset", *changed]
