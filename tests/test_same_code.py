@@ -16,7 +16,7 @@ MAX_OWN, MAX_TRAIN, MAX_WIDTH, UPDATE_BEFORE = 322, 50, 110, 151
 MAX_TOOLBOX = 596  # the banner counted; may only shrink
 # What a model of the dynamics adds, which is fitted, checked and rolled out: lines of a script's own part and
 # of its toolbox.
-MODEL_BASED = {f"algorithms/offline/{name}.py": (145, 151) for name in ("combo", "mopo", "morel")}
+MODEL_BASED = {f"algorithms/offline/{name}.py": (146, 108) for name in ("combo", "mopo", "morel")}
 ASKING = r"\bhasattr\(|\bgetattr\(learner\b"  # a toolbox that asks a learner what it is
 
 
