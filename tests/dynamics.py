@@ -17,6 +17,7 @@ def fix_model(learner, seed: int = 7):
     rng, model = np.random.default_rng(seed), learner.model
     for weight in model.parameters():
         weight.data = torch.tensor(rng.normal(scale=0.7, size=weight.shape), dtype=torch.float32)
+    learner.best_layers.load_state_dict(model.layers.state_dict())
     model.max_log_var.data += 0.5
     model.min_log_var.data -= 3
     model.mean.copy_(torch.tensor(rng.normal(size=OBS + ACT)))
