@@ -118,8 +118,9 @@ def test_other_first_weights_are_noticed(scripts, factor):
 # ------------------------------------------------ endings ------------------------------------------------
 
 # CQL's penalty draws actions at next observations too, however the step ended: without it the loss is (1)'s.
-# BRAC's first updates have no critic.
-WITHOUT_PENALTY = {"brac": {"behavior_updates": 0}, "cql": {"cql_weight": 0.0}}
+# So does COMBO's. BRAC's first updates have no critic.
+WITHOUT_PENALTY = {name: {"cql_weight": 0.0} for name in ("combo", "cql")}
+WITHOUT_PENALTY |= {"brac": {"behavior_updates": 0}}
 
 
 def critic_losses(learner_of, terminated: float) -> tuple[float, float]:

@@ -10,9 +10,13 @@ end, as it is over sooner: only who values a state by the best of its actions se
 What one seed comes to hangs on the last bits of a processor: so three seeds of four have to succeed.
 """
 
+import dataclasses
 import importlib.util
+import json
 import math
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import gymnasium as gym
 import minari
@@ -108,6 +112,7 @@ VALUES = [name for name in OFFLINE if learns_values(name)]
 SMALL = {"hidden_dim": 32, "hidden_layers": 2, "batch_size": 128, "normalize_states": True, "compile": False}
 SMALL |= {"actor_lr": 3e-3, "critic_lr": 3e-3, "value_lr": 3e-3, "tau": 0.05, "discount": 0.95}
 SMALL |= {"updates": 600}
+SMALL |= {"model_hidden_dim": 32, "model_epochs": 20, "rollout_every": 100, "rollout_batch": 500}
 
 # What a script needs beside SMALL, and its dataset where that is not `steps`. A new script needs no entry.
 SETTINGS = {
@@ -126,11 +131,14 @@ SETTINGS = {
         "target_samples": 4,
     },
     "brac": {"behavior_updates": 200, "warmup_updates": 50, "behavior_lr": 3e-3, "updates": 800},
+    "combo": {"cql_weight": 0.02, "cql_actions": 4, "actor_lr": 6e-3, "model_lr": 3e-3},
     "cql": {"dataset": "strides", "cql_weight": 0.1, "cql_actions": 4},
     # a temperature that starts at 1 is nearly 0 in time only at a faster rate
     "edac": {"critics": 4, "actor_lr": 6e-3},
     "iql": {"dataset": "strides", "expectile": 0.9},
     "lb_sac": {"batch_size": 256, "actor_lr": 1e-2},
+    "mopo": {"actor_lr": 6e-3, "model_lr": 3e-3},
+    "morel": {"actor_lr": 1e-2, "model_lr": 3e-3, "real_ratio": 0.5, "updates": 800},
     "sac_n": {"critics": 4, "actor_lr": 6e-3},
     "td3_bc": {"alpha": 10.0, "policy_delay": 1},
     "xql": {"dataset": "strides", "beta": 0.5},
@@ -142,6 +150,9 @@ def learn(script, dataset: minari.MinariDataset, **fields) -> Iterator[float]:
     fields = {name: value for name, value in SMALL.items() if hasattr(script.Config, name)} | fields
     for seed in range(4):
         config = script.Config(seed=seed, **fields)
+        if hasattr(script, "fit_model"):  # which comes first: all of `train`
+            yield trained(script, dataset, config)
+            continue
         environments = script.make_environments(dataset, None)
         episodes, _ = script.read_episodes(dataset)
         if hasattr(config, "fraction"):
@@ -157,6 +168,16 @@ def learn(script, dataset: minari.MinariDataset, **fields) -> Iterator[float]:
             learner.update(next(batches))
         table = script.evaluate(learner.act, environments, 10, (seed, config.updates))
         yield float(table["return"].mean())
+
+
+def trained(script, dataset: minari.MinariDataset, config) -> float:
+    """Mean return of the final evaluation of a whole run."""
+    with tempfile.TemporaryDirectory() as folder:
+        fields = {"dataset": dataset.id, "output_dir": folder, "wandb_mode": "disabled", "device": "cpu"}
+        fields |= {"threads": 1, "eval_every": config.updates, "eval_episodes": 1, "final_eval_episodes": 10}
+        script.train(dataclasses.replace(config, **fields))
+        (record,) = Path(folder).rglob("run.json")
+        return json.loads(record.read_text())["return_mean"]
 
 
 def mostly(returns: Iterator[float], low: float, high: float = 0.0) -> bool:

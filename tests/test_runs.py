@@ -471,15 +471,20 @@ def test_the_commit_of_the_script(tmp_path):
 
 
 Q = {"critic", "critic_optimizer", "target_critic"}
+SAC = Q | {"temperature", "temperature_optimizer"}
+MODEL = SAC | {"model", "model_optimizer", "best_layers", "rollouts"}
 PARTS = {
     "awac": Q,
     "bc": set(),
     "bcq": Q | {"target_actor", "vae", "vae_optimizer"},
     "bear": Q | {"target_actor", "vae", "vae_optimizer", "multiplier", "multiplier_optimizer"},
     "brac": Q | {"behavior", "behavior_optimizer", "multiplier", "multiplier_optimizer"},
-    "cql": Q | {"temperature", "temperature_optimizer", "multiplier", "multiplier_optimizer"},
+    "combo": MODEL,
+    "cql": SAC | {"multiplier", "multiplier_optimizer"},
     "dt": {"actor_schedule"},
     "iql": Q | {"value", "value_optimizer", "actor_schedule"},
+    "mopo": MODEL,
+    "morel": MODEL,
     "td3_bc": Q | {"target_actor"},
 }
 
@@ -509,6 +514,7 @@ OTHER = {  # another value of a field, where `other_value` would be none or not 
     "warmup_updates": 5,
     "lagrange_gap": 5.0,
     "target_kl": 0.5,
+    "real_ratio": 0.75,
     "act_samples": 1,
     "environment": "Pendulum-v1",
     "ref_min": -200.0,
@@ -545,6 +551,7 @@ def test_every_field_changes_something(scripts, brief, tmp_path, monkeypatch, na
     )
     base = script.parse_config(small(script, brief[0], tmp_path / "base", **brisk, ref_min=-100, ref_max=0))
     others = {**OTHER, "dataset": brief[1], "output_dir": str(tmp_path / "elsewhere")}
+    others["model_from"] = str(place(tmp_path / "seed", name, brief[0], seed=1))  # of an outcome before it
 
     save, saved = script.Run.save, []
     monkeypatch.setattr(script.Run, "save", lambda run, it: (saved.append(it.updates), save(run, it)))
