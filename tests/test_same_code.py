@@ -14,10 +14,10 @@ SCRIPTS = [str(path.relative_to(ROOT)) for path in same_code.scripts(ROOT)]
 FAMILIES = ("algorithms/offline/", "algorithms/discrete/", "algorithms/finetune/")
 LEARNERS = [path for path in SCRIPTS if path.startswith(FAMILIES)]
 MAX_TRAIN, MAX_WIDTH, UPDATE_BEFORE = 50, 110, 151
-MAX_LINES = {  # of a script's own part, and of its toolbox, the banner counted; the longest name that fits counts
+MAX_LINES = {  # own part, and toolbox with its banner; the longest name that fits a script counts
     "algorithms/": (325, 607),
     "algorithms/discrete/": (325, 620),  # states, vectors and planes to read
-    "algorithms/offline/mopo.py": (471, 715),  # a model of the dynamics, which is fitted, checked and rolled out
+    "algorithms/offline/mopo.py": (471, 715),  # a model to fit, to check and to roll out
     "algorithms/offline/combo.py": (471, 715),
     "algorithms/offline/morel.py": (471, 715),
 }
