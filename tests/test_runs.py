@@ -477,6 +477,7 @@ PARTS = {
     "brac": Q | {"behavior", "behavior_optimizer", "multiplier", "multiplier_optimizer"},
     "cql": Q | {"temperature", "temperature_optimizer", "multiplier", "multiplier_optimizer"},
     "dt": {"actor_schedule"},
+    "fql": Q | {"flow", "flow_optimizer"},
     "idql": Q | {"value", "value_optimizer", "actor_schedule", "ema_actor"},
     "iql": Q | {"value", "value_optimizer", "actor_schedule"},
     "td3_bc": Q | {"target_actor"},
@@ -717,7 +718,7 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so_once(call, pendulum, tmp
 
 
 # Whose actions are drawn: by torch's generator, the same ones for the same state of it.
-DRAWN = {"idql"}
+DRAWN = {"fql", "idql"}
 
 
 @pytest.mark.parametrize("name", OFFLINE)
