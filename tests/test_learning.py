@@ -127,7 +127,7 @@ SETTINGS = {
     },
     "brac": {"behavior_updates": 200, "warmup_updates": 50, "behavior_lr": 3e-3, "updates": 800},
     "cql": {"dataset": "strides", "cql_weight": 0.1, "cql_actions": 4},
-    "diffusion_ql": {"ema_every": 1, "actor_tau": 0.05, "diffusion_steps": 3},
+    "diffusion_ql": {"eta": 10.0, "ema_every": 1, "actor_tau": 0.05, "diffusion_steps": 3},
     # a temperature that starts at 1 is nearly 0 in time only at a faster rate
     "edac": {"critics": 4, "actor_lr": 6e-3},
     "fql": {"alpha": 0.1, "flow_steps": 4},

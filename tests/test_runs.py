@@ -510,6 +510,7 @@ OTHER = {  # another value of a field, where `other_value` would be none or not 
     "warmup_updates": 5,
     "lagrange_gap": 5.0,
     "target_kl": 0.5,
+    "gradient_norm": 0.01,
     "act_samples": 1,
     "environment": "Pendulum-v1",
     "ref_min": -200.0,
