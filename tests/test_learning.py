@@ -131,7 +131,15 @@ SETTINGS = {
     # a temperature that starts at 1 is nearly 0 in time only at a faster rate
     "edac": {"critics": 4, "actor_lr": 6e-3},
     "fql": {"alpha": 0.1, "flow_steps": 4},
-    "idql": {"dataset": "strides", "expectile": 0.9, "actor_tau": 0.05, "dropout": 0.0},
+    "idql": {
+        "dataset": "strides",
+        "expectile": 0.9,
+        "actor_tau": 0.01,
+        "dropout": 0.0,
+        "hidden_dim": 64,  # a diffusion model learns two narrow modes slowly
+        "batch_size": 256,
+        "updates": 1200,
+    },
     "iql": {"dataset": "strides", "expectile": 0.9},
     "lb_sac": {"batch_size": 256, "actor_lr": 1e-2},
     "sac_n": {"critics": 4, "actor_lr": 6e-3},
