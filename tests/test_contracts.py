@@ -31,7 +31,7 @@ def test_there_are_scripts_that_learn_values():
 # ---------------------------------------------- optimisers ----------------------------------------------
 
 # Whose step size an optimiser takes where the Config has none of its name; the Config's comments say so.
-STEP_SIZES = {"temperature": "actor_lr", "multiplier": "critic_lr"}
+STEP_SIZES = {"temperature": "actor_lr", "multiplier": "critic_lr", "flow": "actor_lr"}
 UNSCALED = {"lb_sac": {"batch_size": 256}}  # its step sizes are those of such a batch
 DEFAULTS = {"weight_decay": 0, "betas": (0.9, 0.999), "eps": 1e-8}  # but where the Config has such a field
 

@@ -133,8 +133,19 @@ SETTINGS = {
     "brac": {"behavior_updates": 200, "warmup_updates": 50, "behavior_lr": 3e-3, "updates": 800},
     "combo": {"cql_weight": 0.02, "cql_actions": 4, "actor_lr": 6e-3, "model_lr": 3e-3},
     "cql": {"dataset": "strides", "cql_weight": 0.1, "cql_actions": 4},
+    "diffusion_ql": {"eta": 10.0, "ema_every": 1, "actor_tau": 0.05, "diffusion_steps": 3},
     # a temperature that starts at 1 is nearly 0 in time only at a faster rate
     "edac": {"critics": 4, "actor_lr": 6e-3},
+    "fql": {"alpha": 0.1, "flow_steps": 4},
+    "idql": {
+        "dataset": "strides",
+        "expectile": 0.9,
+        "actor_tau": 0.01,
+        "dropout": 0.0,
+        "hidden_dim": 64,  # a diffusion model learns two narrow modes slowly
+        "batch_size": 256,
+        "updates": 1200,
+    },
     "iql": {"dataset": "strides", "expectile": 0.9},
     "lb_sac": {"batch_size": 256, "actor_lr": 1e-2},
     "mopo": {"actor_lr": 6e-3, "model_lr": 3e-3},
