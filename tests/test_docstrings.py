@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(ROOT.glob("algorithms/*/*.py"))}
-LEARNERS = [name for name in SOURCES if name.startswith("algorithms/offline/")]
+LEARNERS = [name for name in SOURCES if name.split("/")[1] in ("offline", "finetune")]
 BANNER = "\n# -------------------- Toolbox"  # above it is the script's own part, below what others have too
 
 

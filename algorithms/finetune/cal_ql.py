@@ -298,21 +298,19 @@ def train(config: Config) -> None:
         raise UserError("this script also learns online: name an environment with --environment")
     check_memory(dataset, device)
     episodes, dataset_hash = read_episodes(dataset)
-    factor = reward_factor(episodes, config.reward_scale, config.normalize_rewards)
-    scale_rewards(episodes, factor, config.reward_shift, normalize=False)
+    factor, shift = reward_factor(episodes, config.reward_scale, config.normalize_rewards), config.reward_shift
+    scale_rewards(episodes, factor, shift, normalize=False)
     scaler = fit_scaler(episodes, environments.single_action_space, config.normalize_states).to(device)
     learner = CalQL(config, scaler)
     if config.start_from:
         take_over(learner, config)
     data = transitions(episodes, scaler)
-    ends = [(episode["rewards"], episode["terminations"][-1]) for episode in episodes]
-    values = np.concatenate([returns_to_go(*end, config.discount) for end in ends])
-    data["returns_to_go"] = torch.as_tensor(values, device=device)  # [N]
+    values = [returns_to_go(e["rewards"], e["terminations"][-1] == 1, config.discount) for e in episodes]
+    data["returns_to_go"] = torch.as_tensor(np.concatenate(values), device=device)  # [N]
     known = dataset.storage.metadata
     references = known.get("ref_min_score", config.ref_min), known.get("ref_max_score", config.ref_max)
 
-    environment = make_online_environment(environments)
-    explorer = OnlineExplorer(environment, scaler, config.seed, factor, config.reward_shift)
+    explorer = OnlineExplorer(make_online_environment(environments), scaler, config.seed, factor, shift)
     buffer = OnlineBuffer(data, min(config.buffer_size, config.online_steps))
     learner.explorer, learner.buffer = explorer, buffer  # parts of the checkpoint
     last = config.updates + config.online_steps * config.updates_per_step
@@ -335,7 +333,7 @@ def train(config: Config) -> None:
                 row = explorer.step(lambda s: learner.actor.sample(s)[0])
                 buffer.add(row | {"returns_to_go": UNKNOWN})
                 if explorer.between_episodes:
-                    rewards = factor * np.array(explorer.rewards) + config.reward_shift
+                    rewards = factor * np.array(explorer.rewards) + shift
                     set_returns(buffer, returns_to_go(rewards, row["terminations"] == 1, config.discount))
             metrics = learner.update(next(batches))
             evaluated = update == last or run.is_due(update, config.eval_every)

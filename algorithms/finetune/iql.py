@@ -258,8 +258,8 @@ def train(config: Config) -> None:
         raise UserError("this script also learns online: name an environment with --environment")
     check_memory(dataset, device)
     episodes, dataset_hash = read_episodes(dataset)
-    factor = reward_factor(episodes, config.reward_scale, config.normalize_rewards)
-    scale_rewards(episodes, factor, config.reward_shift, normalize=False)
+    factor, shift = reward_factor(episodes, config.reward_scale, config.normalize_rewards), config.reward_shift
+    scale_rewards(episodes, factor, shift, normalize=False)
     scaler = fit_scaler(episodes, environments.single_action_space, config.normalize_states).to(device)
     learner = OnlineIQL(config, scaler)
     if config.start_from:
@@ -268,8 +268,7 @@ def train(config: Config) -> None:
     known = dataset.storage.metadata
     references = known.get("ref_min_score", config.ref_min), known.get("ref_max_score", config.ref_max)
 
-    environment = make_online_environment(environments)
-    explorer = OnlineExplorer(environment, scaler, config.seed, factor, config.reward_shift)
+    explorer = OnlineExplorer(make_online_environment(environments), scaler, config.seed, factor, shift)
     buffer = OnlineBuffer(data, min(config.buffer_size, config.online_steps))
     learner.explorer, learner.buffer = explorer, buffer  # parts of the checkpoint
     last = config.updates + config.online_steps * config.updates_per_step
