@@ -340,7 +340,8 @@ def test_rewards_in_the_buffer_of_a_run_are_transformed_as_the_datas(tune, brief
     script = SCRIPTS[name]
     same = [{"rewards": np.float32(rewards)} for rewards in episodes]
     script.scale_rewards(same, 3.0, -0.5, True)
-    ours = script.reward_factor([{"rewards": np.float32(rewards)} for rewards in episodes], 3.0, True)
+    config = script.Config(normalize_rewards=True, reward_scale=3.0)
+    ours = script.reward_factor([{"rewards": np.float32(rewards)} for rewards in episodes], config)
     np.testing.assert_allclose(same[0]["rewards"], ours * episodes[0] - 0.5, rtol=1e-5)
 
 
@@ -600,7 +601,7 @@ def test_a_buffer_that_does_not_fit_into_memory(tune, brief, tmp_path):
 
 @pytest.mark.parametrize("name", FINETUNE)
 def test_a_loss_that_turns_nan_after_the_switch(tune, brief, tmp_path, monkeypatch, name):
-    """The run stops at the next row and keeps the checkpoint of the last episode's end that was due."""
+    """The run stops at the next row, here the same update's, and keeps the checkpoint before it."""
     cls, folder = learner_class(SCRIPTS[name]), place(tmp_path, name, brief)
     update = cls.update
 
@@ -609,9 +610,9 @@ def test_a_loss_that_turns_nan_after_the_switch(tune, brief, tmp_path, monkeypat
         return update(learner, batch | {"rewards": batch["rewards"] * factor})
 
     monkeypatch.setattr(cls, "update", spoiled)
-    status, _, err = tune(name, *words(name, brief, tmp_path))
+    status, _, err = tune(name, *words(name, brief, tmp_path, log_every=1))
     assert (status, err.count("\n")) == (3, 1)
-    assert "diverged by update 70: " in err
+    assert "diverged by update 66: critic/loss" in err
     saved = checkpoint(folder)
     assert UPDATES < saved["updates"] <= 65
     assert all(weight.isfinite().all() for weight in saved["state"]["critic"].values())

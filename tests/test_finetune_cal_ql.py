@@ -182,20 +182,31 @@ def test_returns_to_go_of_a_long_episode():
 
 def test_the_rows_of_an_ended_episode_get_their_returns():
     """Also where the buffer has wrapped around, and where the episode is longer than the buffer."""
-    for size, values, wanted in [
-        (6, [1.0, 2.0, 3.0], {2: 1.0, 3: 2.0, 4: 3.0}),
-        (4, [1.0, 2.0, 3.0], {2: 1.0, 3: 2.0, 0: 3.0}),
-        (2, [1.0, 2.0, 3.0], {1: 2.0, 0: 3.0}),
+    for size, wanted in [
+        (6, {2: 1 + 0.5 * 4 + 0.25 * 2, 3: 4 + 0.5 * 2, 4: 2.0}),
+        (4, {2: 1 + 0.5 * 4 + 0.25 * 2, 3: 4 + 0.5 * 2, 0: 2.0}),
+        (2, {1: 4 + 0.5 * 2, 0: 2.0}),
     ]:
-        data = {"rewards": torch.zeros(1), "returns_to_go": torch.zeros(1)}
+        data = {name: torch.zeros(1) for name in ("rewards", "returns_to_go", "terminations")}
         buffer = cal_ql.OnlineBuffer(data, size)
-        for _ in range(5):
-            buffer.add({"rewards": 0.0, "returns_to_go": cal_ql.UNKNOWN})
-        cal_ql.set_returns(buffer, np.array(values, np.float32))
+        for reward in (9.0, 9.0, 1.0, 4.0, 2.0):
+            buffer.add({"rewards": reward, "returns_to_go": cal_ql.UNKNOWN, "terminations": 0.0})
+        cal_ql.set_returns(buffer, 3, 0.5)
         column = buffer.columns["returns_to_go"].tolist()
         assert {row: column[row] for row in wanted} == wanted
-        assert all(value == pytest.approx(cal_ql.UNKNOWN, rel=1e-6) or value == 0
-                   for row, value in enumerate(column) if row not in wanted)
+        others = [value for row, value in enumerate(column[:5]) if row not in wanted]
+        assert others == pytest.approx([cal_ql.UNKNOWN] * len(others), rel=1e-6)
+
+
+@pytest.mark.parametrize(("termination", "wanted"), [(0.0, [-10.0, -10.0]), (1.0, [-7.5, -5.0])])
+def test_an_episode_that_fails_is_valued_by_how_it_ended(termination, wanted):
+    """Cut by a time limit it would have gone on; terminated it would not."""
+    data = {name: torch.zeros(1) for name in ("rewards", "returns_to_go", "terminations")}
+    buffer = cal_ql.OnlineBuffer(data, 4)
+    for ended in (0.0, termination):
+        buffer.add({"rewards": -5.0, "returns_to_go": cal_ql.UNKNOWN, "terminations": ended})
+    cal_ql.set_returns(buffer, 2, 0.5)
+    assert buffer.columns["returns_to_go"][:2].tolist() == wanted
 
 
 @pytest.mark.parametrize("discount", [0.9, 1.0])

@@ -239,7 +239,7 @@ def train(config: Config) -> None:
         raise UserError("this script also learns online: name an environment with --environment")
     check_memory(dataset, device)
     episodes, dataset_hash = read_episodes(dataset)
-    factor, shift = reward_factor(episodes, config.reward_scale, config.normalize_rewards), config.reward_shift
+    factor, shift = reward_factor(episodes, config), config.reward_shift
     scale_rewards(episodes, factor, shift, normalize=False)
     scaler = fit_scaler(episodes, environments.single_action_space, config.normalize_states).to(device)
     learner = AWAC(config, scaler)
@@ -305,12 +305,12 @@ def make_online_environment(environments: gym.vector.VectorEnv) -> gym.Env:
         return gym.make(environments.envs[0].spec)
 
 
-def reward_factor(episodes: list, scale: float, normalize: bool) -> float:
-    """What rewards are multiplied by, online as in the data; `normalize` looks at the returns of the data."""
-    if normalize:
-        returns = [episode["rewards"].sum(dtype=np.float64) for episode in episodes]
-        scale *= 1000 / max(np.ptp(returns), 1e-6)
-    return scale
+def reward_factor(episodes: list, config: Config) -> float:
+    """What rewards are multiplied by, online as in the data: normalised by the returns of the data."""
+    if not config.normalize_rewards:
+        return config.reward_scale
+    returns = [episode["rewards"].sum(dtype=np.float64) for episode in episodes]
+    return config.reward_scale * 1000 / max(np.ptp(returns), 1e-6)
 
 
 class OnlineBuffer:

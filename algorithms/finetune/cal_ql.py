@@ -266,7 +266,7 @@ UNKNOWN = -1e30  # V of an episode under way: below every Q
 
 
 def returns_to_go(rewards: np.ndarray, terminated: bool, discount: float) -> np.ndarray:
-    """V [T] of the states of an episode by its rewards [T], in the learner's units."""
+    """V [T] of an episode's states by its rewards [T], in the learner's units."""
     always_the_same = rewards[0] < 0 and np.ptp(rewards) == 0 and not terminated
     if always_the_same and discount < 1:  # and so it would have gone on
         return np.full(len(rewards), rewards[0] / (1 - discount), np.float32)
@@ -277,11 +277,12 @@ def returns_to_go(rewards: np.ndarray, terminated: bool, discount: float) -> np.
     return values
 
 
-def set_returns(buffer: "OnlineBuffer", values: np.ndarray) -> None:
-    """Puts V [T] of the episode that has just ended into its rows of the buffer."""
-    values = torch.as_tensor(values[-buffer.size :])
-    rows = torch.arange(buffer.added - len(values), buffer.added) % buffer.size
-    buffer.columns["returns_to_go"][rows] = values.to(buffer.columns["returns_to_go"].device)
+def set_returns(buffer: "OnlineBuffer", steps: int, discount: float) -> None:
+    """V of the last `steps` rows, an episode that has just ended."""
+    rows = torch.arange(buffer.added - min(steps, buffer.size), buffer.added) % buffer.size
+    rewards = buffer.columns["rewards"][rows].cpu().numpy()
+    values = returns_to_go(rewards, buffer.columns["terminations"][rows[-1]] == 1, discount)
+    buffer.columns["returns_to_go"][rows] = torch.as_tensor(values, device=buffer.columns["rewards"].device)
 
 
 def train(config: Config) -> None:
@@ -298,7 +299,7 @@ def train(config: Config) -> None:
         raise UserError("this script also learns online: name an environment with --environment")
     check_memory(dataset, device)
     episodes, dataset_hash = read_episodes(dataset)
-    factor, shift = reward_factor(episodes, config.reward_scale, config.normalize_rewards), config.reward_shift
+    factor, shift = reward_factor(episodes, config), config.reward_shift
     scale_rewards(episodes, factor, shift, normalize=False)
     scaler = fit_scaler(episodes, environments.single_action_space, config.normalize_states).to(device)
     learner = CalQL(config, scaler)
@@ -330,11 +331,9 @@ def train(config: Config) -> None:
         due, batches = False, mix_batches(data, buffer, config, learner.updates)
         for update in tqdm(range(learner.updates + 1, last + 1), desc="online", disable=None):
             if (update - config.updates - 1) % config.updates_per_step == 0:
-                row = explorer.step(lambda s: learner.actor.sample(s)[0])
-                buffer.add(row | {"returns_to_go": UNKNOWN})
+                buffer.add(explorer.step(lambda s: learner.actor.sample(s)[0]) | {"returns_to_go": UNKNOWN})
                 if explorer.between_episodes:
-                    rewards = factor * np.array(explorer.rewards) + shift
-                    set_returns(buffer, returns_to_go(rewards, row["terminations"] == 1, config.discount))
+                    set_returns(buffer, len(explorer.rewards), config.discount)
             metrics = learner.update(next(batches))
             evaluated = update == last or run.is_due(update, config.eval_every)
             if evaluated or run.is_due(update, config.log_every):
@@ -370,12 +369,12 @@ def make_online_environment(environments: gym.vector.VectorEnv) -> gym.Env:
         return gym.make(environments.envs[0].spec)
 
 
-def reward_factor(episodes: list, scale: float, normalize: bool) -> float:
-    """What rewards are multiplied by, online as in the data; `normalize` looks at the returns of the data."""
-    if normalize:
-        returns = [episode["rewards"].sum(dtype=np.float64) for episode in episodes]
-        scale *= 1000 / max(np.ptp(returns), 1e-6)
-    return scale
+def reward_factor(episodes: list, config: Config) -> float:
+    """What rewards are multiplied by, online as in the data: normalised by the returns of the data."""
+    if not config.normalize_rewards:
+        return config.reward_scale
+    returns = [episode["rewards"].sum(dtype=np.float64) for episode in episodes]
+    return config.reward_scale * 1000 / max(np.ptp(returns), 1e-6)
 
 
 class OnlineBuffer:
