@@ -192,7 +192,7 @@ def test_every_dataset_has_its_config(algorithm):
 
 @pytest.mark.parametrize("algorithm", FINETUNE)
 def test_every_algorithm_that_goes_on_online_has_its_configs(algorithm):
-    """Local ones, 20,000 steps each with an evaluation every 1,000 updates; AntMaze, pen and door of the hub."""
+    """Local ones, 20,000 steps with an evaluation every 1,000 updates; AntMaze, pen and door of the hub."""
     here = [file for file in LEARNERS if file.startswith(f"configs/finetune/{algorithm}/")]
     local = [read(file) for file in here if "/reef/" in file]
     wanted = [f"reef/pointmaze/{maze}-v0" for maze in ("medium", "umaze")]

@@ -1,4 +1,4 @@
-"""algorithms/finetune/cal_ql.py: CQL where V is low, and what its floor does where it is not; the data's returns."""
+"""algorithms/finetune/cal_ql.py: CQL where V is low; its floor where it is not; the data's returns."""
 
 import inspect
 import math
@@ -46,7 +46,7 @@ def test_the_imported_tests_test_this_script():
     assert type(test_cql.make()) is cal_ql.CalQL
 
 
-# ------------------------------------------------- the floor -------------------------------------------------
+# ----------------------------------------------- the floor ------------------------------------------------
 
 
 @pytest.mark.equation(6, 9)
@@ -55,7 +55,8 @@ def test_the_floor_lies_under_the_policys_actions_and_not_under_the_uniform_ones
     batch, rows, draws, temperature  # noqa: F811
 ):
     """max(Q, V) before the density is taken off, in NumPy; V is above some values and below others."""
-    learner, floor = test_cql.make(discount=0.9, cql_weight=3.0, cql_temperature=temperature), [0.4, -0.7, 1.1]
+    learner = test_cql.make(discount=0.9, cql_weight=3.0, cql_temperature=temperature)
+    floor = [0.4, -0.7, 1.1]
     drawn = Draws(learner, rows, 1)
     sides = set()
 
@@ -147,7 +148,7 @@ def test_compiled_updates_equal_eager_ones_and_the_target_is_the_exact_average(b
     assert_compiled_is_eager(cal_ql, [test_cql.make(**fields), test_cql.make(**fields)], batch)
 
 
-# ---------------------------------------------- what the data earned ----------------------------------------------
+# ------------------------------------------ what the data earned ------------------------------------------
 
 
 @pytest.mark.equation(8)

@@ -1,5 +1,5 @@
-"""algorithms/finetune/cql.py has the learner of offline/cql.py, word for word: the oracle tests of tests/test_cql.py
-are made of it here too. What it does after the switch is in tests/test_finetune.py.
+"""algorithms/finetune/cql.py has the learner of offline/cql.py, word for word: the oracle tests of
+tests/test_cql.py are made of it here too. What it does after the switch is in tests/test_finetune.py.
 """
 
 import pytest

@@ -1,5 +1,5 @@
-"""algorithms/finetune/iql.py: the losses are those of offline/iql.py, so the oracle tests of tests/test_iql.py are made
-of them here too. What it does after the switch is in tests/test_finetune.py.
+"""algorithms/finetune/iql.py: the losses are those of offline/iql.py, so the oracle tests of
+tests/test_iql.py are made of them here too. What it does after the switch is in tests/test_finetune.py.
 """
 
 import numpy as np

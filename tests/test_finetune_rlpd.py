@@ -1,4 +1,4 @@
-"""algorithms/finetune/rlpd.py: every loss term against NumPy calculations written from the paper's equations."""
+"""algorithms/finetune/rlpd.py: every loss term against NumPy, written from the paper's equations."""
 
 import math
 

@@ -1,8 +1,8 @@
 """Every numbered equation of a script's docstring has an oracle test, which says so.
 
 `@pytest.mark.equation(1, 2)` on a test of tests/test_NAME.py claims the equations (1) and (2) of
-algorithms/offline/NAME.py; tests/test_finetune_NAME.py is for algorithms/finetune/NAME.py, and what it imports from
-another file's tests it claims as well. A claim is only as good as the test that makes it, but none can be forgotten.
+algorithms/offline/NAME.py; tests/test_finetune_NAME.py is for algorithms/finetune/NAME.py, and claims what
+those tests claim that it imports. A claim is only as good as the test that makes it, but none is forgotten.
 """
 
 import ast
