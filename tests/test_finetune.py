@@ -650,7 +650,7 @@ OTHER = {"hidden_layers": 1, "lagrange_gap": 5.0, "random_steps": 3, "target_cri
 
 @pytest.mark.parametrize("name", FINETUNE)
 def test_every_field_changes_something(tune, brief, tmp_path, name):
-    """The weights, if it is not one of the evaluation's."""
+    """The weights or Adam's moments, if it is not one of the evaluation's."""
     brisk = {"updates": 4, "online_steps": 12, "eval_every": 4, "eval_episodes": 1, "final_eval_episodes": 1}
 
     def outcome(number: int, **change) -> dict:
@@ -658,7 +658,8 @@ def test_every_field_changes_something(tune, brief, tmp_path, name):
         status, _, err = tune(name, *words(name, brief, folder, **{**brisk, **change}))
         assert status == 0, err
         state = checkpoint(place(folder, name, brief, change.get("seed", 0)))["state"]
-        return {key: state[key] for key in ("actor", "critic")}
+        del state["buffer"], state["explorer"]
+        return {key: part.get("state", part) for key, part in state.items()}  # of optimisers the moments
 
     config = SCRIPTS[name].parse_config(words(name, brief, tmp_path, **brisk))
     plain = outcome(0)
