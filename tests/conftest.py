@@ -45,6 +45,7 @@ def new_learner(script, config, obs_dim: int, act_dim: int):
 
 
 OFFLINE = sorted(path.stem for path in (ROOT / "algorithms/offline").glob("*.py"))
+FINETUNE = sorted(path.stem for path in (ROOT / "algorithms/finetune").glob("*.py"))
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import gymnasium
 import gymnasium_robotics
 import pytest
 import yaml
-from conftest import OFFLINE
+from conftest import FINETUNE, OFFLINE
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*") if path.is_file())
@@ -191,6 +191,20 @@ def test_every_dataset_has_its_config(algorithm):
     assert sorted(plain) == sorted([*references(), *MAZES, *WALKERS])
 
 
+@pytest.mark.parametrize("algorithm", FINETUNE)
+def test_every_algorithm_that_goes_on_online_has_its_configs(algorithm):
+    """Local ones, 20,000 steps with an evaluation every 1,000 updates; AntMaze, pen and door of the hub."""
+    here = [file for file in LEARNERS if file.startswith(f"configs/finetune/{algorithm}/")]
+    local = [read(file) for file in here if "/reef/" in file]
+    wanted = [f"reef/pointmaze/{maze}-v0" for maze in ("medium", "umaze")]
+    assert sorted(values["dataset"] for values in local) == ["reef/halfcheetah/medium-replay-v1", *wanted]
+    assert {(values["online_steps"], values["eval_every"]) for values in local} == {(20_000, 1000)}
+    hub = sorted(read(file)["dataset"] for file in here if "/reef/" not in file)
+    hands = [name for name in references() if name.startswith(("D4RL/pen/", "D4RL/door/"))]
+    antmazes = [file for file in LEARNERS if file.startswith("configs/offline/rebrac/D4RL/antmaze/")]
+    assert hub == sorted([*hands, *(read(file)["dataset"] for file in antmazes)])
+
+
 def test_every_maze_and_walker_has_its_ten_percent_imitation():
     files = [file for file in LEARNERS if file.startswith("configs/offline/bc/")]
     top10 = [read(file) for file in files if "variant" in read(file)]
@@ -202,7 +216,8 @@ def test_every_maze_and_walker_has_its_ten_percent_imitation():
 def test_local_datasets_are_learnt_for_50_000_updates():
     fewer = {"cql": 10_000, "dt": 10_000, "lb_sac": 12_500}
     wanted = {file: fewer.get(file.split("/")[2], 50_000) for file in LEARNERS}
-    found = {file: read(file)["updates"] for file in LEARNERS if "/reef/" in file}
+    wanted |= {file: 10_000 for file in LEARNERS if "/finetune/" in file}
+    found = {file: read(file)["updates"] for file in LEARNERS if "/reef/" in file and "/rlpd/" not in file}
     assert [f"{file}: {updates}" for file, updates in found.items() if updates != wanted[file]] == []
 
 

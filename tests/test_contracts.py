@@ -1,8 +1,8 @@
-"""What every offline script's optimisers and first weights are, and what a termination does to values."""
+"""What every script's optimisers and first weights are, and what a termination does to values."""
 
 import pytest
 import torch
-from conftest import OFFLINE, load_script, new_learner
+from conftest import FINETUNE, OFFLINE, load_script, new_learner
 from torch import nn
 
 OBS, ACT = 3, 2
@@ -20,7 +20,13 @@ def parts(learner, kind: type) -> dict:
     return {name: part for name, part in vars(learner).items() if isinstance(part, kind)}
 
 
-VALUES = [name for name in OFFLINE if hasattr(fresh(load_script(f"offline/{name}.py")), "critic")]
+ONLINE = [f"finetune/{name}" for name in FINETUNE]  # as the learners of these are named here
+VALUES = [name for name in OFFLINE if hasattr(fresh(load_script(f"offline/{name}.py")), "critic")] + ONLINE
+
+
+@pytest.fixture(scope="session")
+def scripts(scripts) -> dict:
+    return scripts | {name: load_script(f"{name}.py") for name in ONLINE}
 
 
 def test_there_are_scripts_that_learn_values():
@@ -60,7 +66,7 @@ def distinct_steps(script) -> dict[str, float]:
     return {name: 1e-3 * number for number, name in enumerate(names, 1)}
 
 
-@pytest.mark.parametrize("name", OFFLINE)
+@pytest.mark.parametrize("name", [*OFFLINE, *ONLINE])
 def test_optimisers_take_the_configs_step_sizes_and_torchs_defaults(scripts, name):
     learner = fresh(scripts[name], **distinct_steps(scripts[name]), **UNSCALED.get(name, {}))
     assert parts(learner, torch.optim.Optimizer)
@@ -119,7 +125,8 @@ def test_other_first_weights_are_noticed(scripts, factor):
 
 # CQL's penalty draws actions at next observations too, however the step ended: without it the loss is (1)'s.
 # So does COMBO's. BRAC's first updates have no critic.
-WITHOUT_PENALTY = {name: {"cql_weight": 0.0} for name in ("combo", "cql")}
+PENALISED = ("combo", "cql", "finetune/cql", "finetune/cal_ql")
+WITHOUT_PENALTY = {name: {"cql_weight": 0.0} for name in PENALISED}
 WITHOUT_PENALTY |= {"brac": {"behavior_updates": 0}}
 
 
@@ -129,6 +136,7 @@ def critic_losses(learner_of, terminated: float) -> tuple[float, float]:
     rows = {"observations": torch.randn(64, OBS), "actions": torch.rand(64, ACT) * 2 - 1}
     rows |= {"rewards": torch.randn(64), "terminations": torch.full((64,), terminated)}
     rows |= {"next_actions": torch.rand(64, ACT) * 2 - 1, "has_next": 1 - rows["terminations"]}  # ReBRAC's
+    rows |= {"returns_to_go": torch.randn(64)}  # Cal-QL's
     losses = []
     for next_observations in (torch.randn(64, OBS), 5 * torch.randn(64, OBS)):
         learner = learner_of()

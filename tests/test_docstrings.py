@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(ROOT.glob("algorithms/*/*.py"))}
-FAMILIES = ("algorithms/offline/", "algorithms/discrete/")
+FAMILIES = ("algorithms/offline/", "algorithms/discrete/", "algorithms/finetune/")
 LEARNERS = [name for name in SOURCES if name.startswith(FAMILIES)]
 BANNER = "\n# -------------------- Toolbox"  # above it is the script's own part, below what others have too
 

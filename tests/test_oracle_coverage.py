@@ -1,7 +1,8 @@
-"""Every numbered equation of an offline script's docstring has an oracle test, which says so.
+"""Every numbered equation of a script's docstring has an oracle test, which says so.
 
 `@pytest.mark.equation(1, 2)` on a test of tests/test_NAME.py claims the equations (1) and (2) of
-algorithms/offline/NAME.py. A claim is only as good as the test that makes it, but none can be forgotten.
+algorithms/offline/NAME.py; tests/test_finetune_NAME.py is for algorithms/finetune/NAME.py, and claims what
+those tests claim that it imports. A claim is only as good as the test that makes it, but none is forgotten.
 """
 
 import ast
@@ -9,7 +10,14 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import OFFLINE, ROOT
+from conftest import FINETUNE, OFFLINE, ROOT
+
+PAIRS = {f"offline/{name}.py": f"tests/test_{name}.py" for name in OFFLINE}
+PAIRS |= {f"finetune/{name}.py": f"tests/test_finetune_{name}.py" for name in FINETUNE}
+OTHERS = {"discrete": "tests/test_discrete_{}.py", "evaluate": "tests/test_{}.py"}  # their tests
+PAIRS |= {f"{family}/{path.name}": tests.format(path.stem)
+          for family, tests in OTHERS.items() for path in sorted((ROOT / "algorithms" / family).glob("*.py"))}
+PAIRS |= {"collect/sepsis.py": "tests/test_sepsis.py"}
 
 
 def equations(script: Path) -> set[int]:
@@ -18,13 +26,22 @@ def equations(script: Path) -> set[int]:
     return {int(number) for number in re.findall(r"^ *\((\d+)\)", docstring, re.MULTILINE)}
 
 
+def claims(tests: Path) -> dict[str, set[int]]:
+    """Numbers in the markers of the tests, as their syntax tree has them, also of those that are imported."""
+    found = {}
+    for node in ast.parse(tests.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and f"{node.module}".startswith("test_"):
+            theirs = claims(tests.with_name(f"{node.module}.py"))
+            found |= {name.name: theirs[name.name] for name in node.names if name.name in theirs}
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            marks = [mark for mark in node.decorator_list if isinstance(mark, ast.Call)]
+            marks = [mark for mark in marks if ast.unparse(mark.func) == "pytest.mark.equation"]
+            found[node.name] = {ast.literal_eval(number) for mark in marks for number in mark.args}
+    return found
+
+
 def claimed(tests: Path) -> set[int]:
-    """Numbers in the markers of the tests, as their syntax tree has them."""
-    functions = (node for node in ast.parse(tests.read_text()).body if isinstance(node, ast.FunctionDef))
-    decorators = (mark for test in functions if test.name.startswith("test_") for mark in test.decorator_list)
-    marks = [mark for mark in decorators if isinstance(mark, ast.Call)]
-    marks = [mark for mark in marks if ast.unparse(mark.func) == "pytest.mark.equation"]
-    return {ast.literal_eval(number) for mark in marks for number in mark.args}
+    return set().union(*claims(tests).values())
 
 
 def check(script: Path, tests: Path) -> None:
@@ -36,20 +53,9 @@ def check(script: Path, tests: Path) -> None:
     assert not tested - found, f"{tests.name} tests {sorted(tested - found)}, which {script.name} lacks"
 
 
-# Scripts of other families, whose names may be those of offline scripts, and their tests.
-OTHERS = {path: f"test_discrete_{path.stem}.py" for path in (ROOT / "algorithms/discrete").glob("*.py")}
-OTHERS |= {path: f"test_{path.stem}.py" for path in (ROOT / "algorithms/evaluate").glob("*.py")}
-OTHERS |= {ROOT / "algorithms/collect/sepsis.py": "test_sepsis.py"}
-
-
-@pytest.mark.parametrize(("script", "tests"), OTHERS.items(), ids=OTHERS.values())
-def test_every_equation_of_other_families_has_an_oracle_test(script, tests):
-    check(script, ROOT / "tests" / tests)
-
-
-@pytest.mark.parametrize("name", OFFLINE)
-def test_every_equation_has_an_oracle_test(name):
-    check(ROOT / f"algorithms/offline/{name}.py", ROOT / f"tests/test_{name}.py")
+@pytest.mark.parametrize("script", PAIRS)
+def test_every_equation_has_an_oracle_test(script):
+    check(ROOT / "algorithms" / script, ROOT / PAIRS[script])
 
 
 def test_the_check_reads_docstrings():
@@ -57,10 +63,10 @@ def test_the_check_reads_docstrings():
     assert equations(ROOT / "algorithms/offline/bcq.py") == {1, 2, 3, 4, 5, 6, 7, 8}
 
 
-@pytest.mark.parametrize("name", OFFLINE)
-def test_one_equation_more_or_fewer_fails(tmp_path, name):
-    source = (ROOT / f"algorithms/offline/{name}.py").read_text()
-    tests, copy = ROOT / f"tests/test_{name}.py", tmp_path / f"{name}.py"
+@pytest.mark.parametrize("script", PAIRS)
+def test_one_equation_more_or_fewer_fails(tmp_path, script):
+    source = (ROOT / "algorithms" / script).read_text()
+    tests, copy = ROOT / PAIRS[script], tmp_path / "script.py"
     copy.write_text(source)
     check(copy, tests)
     last = max(equations(copy))
@@ -89,3 +95,10 @@ def test_what_is_no_marker_of_a_test_does_not_count(tmp_path):
         "@pytest.mark.equation(4, 5)\n@pytest.mark.parametrize('x', [6])\ndef test_b(x): ...\n"
     )
     assert claimed(file) == {4, 5}
+    (tmp_path / "test_two.py").write_text(
+        "from test_one import helper, test_a\nfrom elsewhere import test_c\n"
+        "@pytest.mark.equation(7)\ndef test_c(x): ...\n"
+    )
+    assert claimed(tmp_path / "test_two.py") == {7}
+    (tmp_path / "test_two.py").write_text("from test_one import test_b\n")
+    assert claimed(tmp_path / "test_two.py") == {4, 5}

@@ -479,13 +479,9 @@ PARTS = {
     "bcq": Q | {"target_actor", "vae", "vae_optimizer"},
     "bear": Q | {"target_actor", "vae", "vae_optimizer", "multiplier", "multiplier_optimizer"},
     "brac": Q | {"behavior", "behavior_optimizer", "multiplier", "multiplier_optimizer"},
-<<<<<<< HEAD
     "combo": MODEL,
     "cql": SAC | {"multiplier", "multiplier_optimizer"},
-=======
-    "cql": Q | {"temperature", "temperature_optimizer", "multiplier", "multiplier_optimizer"},
     "diffusion_ql": Q | {"ema_actor"},
->>>>>>> h-generative
     "dt": {"actor_schedule"},
     "fql": Q | {"flow", "flow_optimizer"},
     "idql": Q | {"value", "value_optimizer", "actor_schedule", "ema_actor"},
@@ -521,11 +517,8 @@ OTHER = {  # another value of a field, where `other_value` would be none or not 
     "warmup_updates": 5,
     "lagrange_gap": 5.0,
     "target_kl": 0.5,
-<<<<<<< HEAD
     "real_ratio": 0.75,
-=======
     "gradient_norm": 0.01,
->>>>>>> h-generative
     "act_samples": 1,
     "environment": "Pendulum-v1",
     "ref_min": -200.0,

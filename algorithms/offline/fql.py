@@ -255,6 +255,7 @@ def train(config: Config) -> None:
     action_space = environments.single_action_space if environments else dataset.action_space
     scaler = fit_scaler(episodes, action_space, config.normalize_states).to(device)
     data = transitions(episodes, scaler)
+    seen = {"critic/data_return": mean_return_to_go(episodes, config.discount)}  # beside critic/q_mean
     known = dataset.storage.metadata
     references = known.get("ref_min_score", config.ref_min), known.get("ref_max_score", config.ref_max)
 
@@ -268,7 +269,7 @@ def train(config: Config) -> None:
             if run.is_due(update, config.log_every):
                 with torch.random.fork_rng():  # `act` draws: training must not notice
                     gap = support_gap(learner.act, data, scaler)
-                run.log(update, metrics | {"actor/support_gap": gap})
+                run.log(update, metrics | {"actor/support_gap": gap} | seen)
             if run.is_due(update, config.eval_every) and environments:
                 table = evaluate(learner.act, environments, config.eval_episodes, (config.seed, update, 0))
                 run.log_episodes(update, "training", table, references)
@@ -470,6 +471,17 @@ def scale_rewards(episodes: list, scale: float, shift: float, normalize: bool) -
         scale *= 1000 / max(np.ptp(returns), 1e-6)
     for episode in episodes:
         episode["rewards"] = np.float32(scale * episode["rewards"] + shift)
+
+
+def mean_return_to_go(episodes: list, discount: float) -> float:
+    """Mean over all steps of the discounted return from there to the end of what was recorded."""
+    to_go = []
+    for episode in episodes:
+        following = 0.0
+        for reward in reversed(episode["rewards"].tolist()):
+            following = reward + discount * following
+            to_go.append(following)
+    return float(np.mean(to_go))
 
 
 def draw_batches(data: dict[str, Tensor], batch_size: int, seed: int, update: int) -> Iterator[dict]:
