@@ -553,7 +553,8 @@ def take_model(learner, folder: str, dataset_hash: str) -> None:
     info = read_saved(Path(folder, "run.json"))
     fields = ["reward_scale", "reward_shift", "normalize_rewards", "environment"]  # units of y and actions
     fields += ["ensemble", "elites", "model_hidden_dim"]
-    changed = [name for name in fields if info["config"].get(name) != getattr(learner.config, name)]
+    ours = dataclasses.asdict(learner.config)
+    changed = [name for name in fields if info["config"].get(name) != ours[name]]
     if info.get("dataset_hash") != dataset_hash:
         changed = ["dataset", *changed]
     checkpoint = read_saved(Path(folder, "checkpoint.pt"))
