@@ -41,9 +41,9 @@ def fix_weights(learner, seed: int = 1057):
 
 
 def networks(learner) -> dict[str, nn.Module]:
-    """The learner's networks by name."""
-    parts = vars(learner).items()
-    return {name: part for name, part in parts if isinstance(part, nn.Module) and name != "scaler"}
+    """The learner's networks by name: what has weights."""
+    parts = {name: part for name, part in vars(learner).items() if isinstance(part, nn.Module)}
+    return {name: part for name, part in parts.items() if name != "scaler" and [*part.parameters()]}
 
 
 def weights(network: nn.Module) -> list[np.ndarray]:

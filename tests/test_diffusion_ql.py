@@ -143,7 +143,8 @@ def test_actor_loss(batch, rows, eta, seed):
     alpha_bars = np.exp(-0.1 * np.arange(1, 4) / 3 - 4.95 * (np.arange(1, 4) / 3) ** 2)
     torch.manual_seed(seed)
     steps, noise = torch.randint(3, (3,)).numpy(), torch.randn(3, ACT).numpy().astype(np.float64)
-    noises, order = draws(3, 3), torch.randperm(2).tolist()
+    noises, climbed = draws(3, 3), int(torch.randint(2, ()))
+    order = [climbed, 1 - climbed]
     alpha_bar, critic = alpha_bars[steps][:, None], weights(learner.critic)
     noisy = np.sqrt(alpha_bar) * rows["actions"] + np.sqrt(1 - alpha_bar) * noise
     sampled = denoised(weights(learner.actor), observations, noises, alpha_bars)

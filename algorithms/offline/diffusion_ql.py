@@ -158,8 +158,8 @@ class DiffusionQL:
         noisy = alpha_bar.sqrt() * actions + (1 - alpha_bar).sqrt() * noise  # (4)
         imitation = (noise - self.actor(observations, noisy, steps)).square().mean()  # (5)
         q = self.critic(observations, self.sample(self.actor, observations))  # [2, B]
-        q = q[torch.randperm(2, device=q.device)]
-        loss = imitation - self.config.eta * q[0].mean() / q[1].detach().abs().mean()  # (8)
+        climbed = torch.randint(2, (), device=q.device)  # by lot; the other critic is the measure
+        loss = imitation - self.config.eta * q[climbed].mean() / q[1 - climbed].detach().abs().mean()  # (8)
         return loss, {"actor/loss": loss.detach(), "actor/imitation": imitation.detach()}
 
     def sample(self, actor: nn.Module, observations: Tensor) -> Tensor:
