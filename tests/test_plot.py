@@ -130,12 +130,14 @@ def test_a_diamond_is_the_mean_of_the_final_evaluations(make, tmp_path):
     assert diamond.get_xydata().tolist() == [[400, 6]]
 
 
-def test_returns_are_drawn_where_one_has_no_score(make, tmp_path):
+@pytest.mark.parametrize(("curve", "status"), [({100: 3.0, 400: 4.0}, "running"), ({}, "finished")])
+def test_returns_are_drawn_where_one_has_no_score(make, tmp_path, curve, status):
     make("bc", 0, {100: 1.0, 400: 2.0}, dataset=MAZE)
-    make("iql", 0, {100: 3.0, 400: 4.0}, dataset=MAZE, scored=False)
+    make("iql", 0, curve, dataset=MAZE, scored=False, status=status)
     make("bc", 0, {100: 1.0, 400: 2.0}, dataset=CHEETAH)
     lines, panels = drawn(tmp_path)
-    assert [list(y) for _, y, width in lines[MAZE] if width > 1] == [[10, 20], [30, 40]]
+    means = [list(y) for _, y, width in lines[MAZE] if width > 1]
+    assert means == [[10, 20], [10 * value for value in curve.values()]]
     assert [list(y) for _, y, width in lines[CHEETAH] if width > 1] == [[1, 2]]
     assert (panels[MAZE].get_ylabel(), panels[CHEETAH].get_ylabel()) == ("return", "score")
 
