@@ -39,7 +39,7 @@ class Drawn(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012
     observation_space = gym.spaces.Box(-9, 9, (3,))
     action_space = gym.spaces.Box(-2, 2, (1,))
-    seeds, drawn = [], 0  # noqa: RUF012
+    seeds, drawn = [], 0
 
     def __init__(self, render_mode=None, picture=True):
         self.render_mode, self.picture = render_mode, picture
