@@ -716,7 +716,7 @@ def test_no_disk_at_the_start(root, benchmark, monkeypatch):
     assert folders(root) == set()
 
 
-def test_a_disk_that_fills_up(root, benchmark, monkeypatch):
+def test_a_disk_that_fills_up(root, benchmark, module, monkeypatch):
     usage = lambda _: shutil._ntuple_diskusage(0, 0, 0 if list(root.rglob("checkpoint")) else 10**12)  # noqa: E731
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", usage)
@@ -726,6 +726,9 @@ def test_a_disk_that_fills_up(root, benchmark, monkeypatch):
     assert err.splitlines()[-1].startswith("benchmark.py: 0 MB are free in ")
     assert err.count("MB are free") == 1
     assert alive(root) == []
+    core, lock = module.take_core()
+    assert core == module.list_cores()[0]  # what was running has given its core back
+    lock.release()
     assert len(folders(root)) == 1
     count = int((place(root) / "checkpoint").read_text())
     write_matrix(root, algorithms=["toy"], seeds=4, overrides={"updates": 30})
