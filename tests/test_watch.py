@@ -83,6 +83,7 @@ def run(capsys, monkeypatch):
     """run(FOLDER, "--seed", 1) is the command line: exit status, stdout, stderr."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(watch, "choose_renderer", lambda: None)  # it is for a process of its own
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -218,8 +219,17 @@ def test_the_renderer_is_one_that_is_there(monkeypatch, given, libraries, wanted
     del os.environ["MUJOCO_GL"]
     if given:
         os.environ["MUJOCO_GL"] = given
+    monkeypatch.setattr(importlib, "import_module", lambda name: None)
     watch.choose_renderer()
     assert os.environ.get("MUJOCO_GL") == wanted
+
+
+def test_a_renderer_that_is_not_there_is_one_line(bc):
+    """MuJoCo, once imported, doesn't look again: so in a process of its own."""
+    command = [sys.executable, ROOT / "tools/watch.py", bc]
+    environ = os.environ | {"MUJOCO_GL": "nonsense"}
+    done = subprocess.run(command, env=environ, check=False, capture_output=True, text=True)
+    assert_refused((done.returncode, done.stdout, done.stderr), "MUJOCO_GL=nonsense cannot", watch.PACKAGES)
 
 
 @pytest.mark.skipif(not ctypes.util.find_library("EGL"), reason=f"EGL is missing: {watch.PACKAGES}")

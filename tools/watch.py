@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -100,12 +101,15 @@ def evaluate(script: ModuleType, learner, environments, episodes: int, seed: tup
 
 def choose_renderer() -> None:
     """Tells MuJoCo, before it is imported, how to draw without a display."""
-    if sys.platform != "linux" or "MUJOCO_GL" in os.environ:
-        return
     libraries = {"egl": "EGL", "osmesa": "OSMesa"}
     found = [name for name, library in libraries.items() if ctypes.util.find_library(library)]
-    if found:
-        os.environ["MUJOCO_GL"] = found[0]
+    if sys.platform == "linux" and found:
+        os.environ.setdefault("MUJOCO_GL", found[0])
+    try:
+        importlib.import_module("mujoco")
+    except Exception as error:  # of many kinds, where the library that is chosen is not there
+        way = os.environ.get("MUJOCO_GL")
+        raise UserError(f"MUJOCO_GL={way} cannot be used: {error!r:.150}; on Debian {PACKAGES}") from None
 
 
 def open_renderer(played: gym.Env) -> gym.Env:
@@ -115,6 +119,7 @@ def open_renderer(played: gym.Env) -> gym.Env:
     # MuJoCo's walkers run out of sight of the default camera
     view = {"camera_name": "track"} if "track" in cameras else {}
     try:
+        warnings.filterwarnings("ignore", module="glfw")  # the error below says it
         env = gym.make(spec, render_mode="rgb_array", **view)
         env.reset(seed=0)
         frame = env.render()
