@@ -106,7 +106,9 @@ def main():
             print("so many words", "of an error", "in lines", "that end in", "one two three", sep="\\n")
             sys.exit(config["fails"])
     end = {"end": time.time(), "cores": sorted(os.sched_getaffinity(0))}
-    note(status="finished", wall_seconds=2.0 * done, result=f"score {config['seed']}.5", **end)
+    end |= {"score": None if config["note"] == 0 else 10 * (config["note"] or 1) + config["seed"]}
+    end |= {"return_mean": 100.0 + config["seed"], "wall_seconds": 2.0 * done}
+    note(status="finished", result=f"score {config['seed']}.5", **end)
 
 if __name__ == "__main__":
     try:
@@ -293,6 +295,45 @@ def test_a_variant_names_other_settings(root, module):
     assert all("--note=null" in words for words in runs.values())
 
 
+def test_a_list_of_values_is_a_sweep(root, module):
+    runs = dict(expand(root, module, algorithms=["toy"], overrides={"note": [1, 2.5], "updates": 4}))
+    assert runs == {
+        f"offline/toy/test/one-v0/note-{value}/seed-0": [
+            "--config_path=configs/offline/toy/test/one-v0.yaml", f"--note={value}", "--updates=4",
+            f"--variant=note-{value}"] for value in ("1", "2.5")}
+    lines = ["tot", {"toy": {"variant": "fast", "pause": [0, 1], "flag": [True, False]}}]
+    runs = dict(expand(root, module, algorithms=lines, datasets=["*"]))
+    names = [f"fast-pause-{pause}-flag-{flag}" for pause in ("0.0", "1.0") for flag in ("true", "false")]
+    wanted = {f"offline/toy/test/{dataset}-v0/{name}/seed-0" for dataset in ("one", "two") for name in names}
+    assert runs.keys() == wanted | {"offline/tot/test/one-v0/default/seed-0"}
+    for folder, words in runs.items():
+        if "/two-v0/" in folder:  # it varies the settings of that file
+            assert words[0] == "--config_path=configs/offline/toy/test/two-v0-fast.yaml"
+            assert f"--variant={folder.split('/')[4]}" in words
+    write_config(root, "offline/toy/test/one-v0-updates-5", dataset="test/one-v0", variant="updates-5")
+    runs = dict(expand(root, module, algorithms=["toy"], overrides={"updates": [5, 6]}))
+    files = [words[0].rpartition("/")[2] for words in runs.values()]
+    assert files == ["one-v0-updates-5.yaml", "one-v0.yaml"]  # a value that has become a config
+
+
+def test_a_sweep_ends_with_its_table(root, benchmark):
+    sweep = {"toy": {"note": [1, 3, 0], "updates": 2}}
+    matrix = write_matrix(root, algorithms=["tot", sweep], seeds=2)
+    status, out, _ = benchmark(matrix)
+    assert status == 0
+    _, table = out.split("8 of 8 runs are finished, 0 failed\n\n")
+    rows = [re.split(r"\s{2,}", line) for line in table.splitlines()[:4]]
+    assert rows == [
+        ["algorithm", "dataset", "variant", "seeds", "updates", "score"],
+        ["offline/toy", "test/one-v0", "note-1", "2", "2", "10.5 ± 0.7"],
+        ["offline/toy", "test/one-v0", "note-3", "2", "2", "30.5 ± 0.7"],
+        ["offline/toy", "test/one-v0", "note-0", "2", "2", "100.5 ± 0.7 (return)"],
+    ]
+    assert "chosen with\nthe simulator" in table
+    assert benchmark(matrix)[1] == f"all 8 runs are finished\n\n{table}"
+    assert "variant" not in benchmark(write_matrix(root, algorithms=["tot"], seeds=2))[1]
+
+
 def test_a_later_line_replaces_the_same_runs(root, module):
     lines = ["*", {"tot": {"updates": 1e6}}, {"toy": {"variant": "x", "flag": False}}]
     runs = dict(expand(root, module, algorithms=lines, overrides={"updates": 9, "pause": 1}))
@@ -343,7 +384,10 @@ MALFORMED = {
     "true for an int": ({"overrides": {"updates": True}}, "updates: True is no int"),
     "a number for a switch": ({"overrides": {"flag": 1}}, "flag: 1 is no bool"),
     "a number for text": ({"overrides": {"wandb_mode": 1}}, "wandb_mode: 1 is no str"),
-    "a list for a number": ({"overrides": {"note": [1, 2]}}, "note: [1, 2] is no"),
+    "a list in a sweep": ({"overrides": {"note": [1, [2]]}}, "note: [2] is no"),
+    "a sweep of nothing": ({"overrides": {"note": []}}, "note: a sweep needs one value or more"),
+    "a sweep of names": ({"overrides": {"variant": ["a", "b"]}}, "variant: ", "names its variants itself"),
+    "a word in a sweep": ({"algorithms": [{"toy": {"pause": [1, "x"]}}]}, "toy: pause: 'x' is no float"),
     "settings without a name": ({"overrides": {"flag": False, "note": 1}}, "flag, note: ", "variant: ..."),
     "default is no name": ({"overrides": {"flag": False, "variant": "default"}}, "flag: ", "variant: ..."),
 }
@@ -401,7 +445,7 @@ def test_other_settings_are_left_to_the_script(root, benchmark):
     matrix, folder = write_matrix(root, algorithms=["toy"]), place(root)
     assert benchmark(matrix)[0] == 0
     finished = record(folder)
-    for count, changed in enumerate(({"updates": 5}, {"updates": 2}, {"eval_every": 3}), start=2):
+    for count, changed in enumerate(({"updates": 5}, {"eval_every": 3}), start=2):
         write_config(root, "offline/toy/test/one-v0", dataset="test/one-v0", **changed)
         status, out, _ = benchmark(matrix)
         assert status == 1
@@ -418,6 +462,19 @@ def test_other_settings_are_left_to_the_script(root, benchmark):
     done = subprocess.run(command, cwd=root, check=False, capture_output=True, text=True)
     assert done.returncode == 1
     assert "    a run of another config: flag\n" in done.stdout
+
+
+def test_a_finished_longer_run_is_finished(root, benchmark):
+    """And leaves no work, less than none in particular."""
+    assert benchmark(write_matrix(root, algorithms=["toy"], overrides={"updates": 9}))[0] == 0
+    matrix = write_matrix(root, algorithms=["toy"], seeds=2, overrides={"updates": 4})
+    _, out, _ = benchmark(matrix, "--list")
+    assert out.startswith(f"missing {os.path.relpath(place(root, seed=1))}\n")
+    assert re.split(r"\s{2,}", out.splitlines()[-1])[:4] == ["all", "2", "1", "4"]
+    rewritten = record(place(root)) | {"config": record(place(root))["config"] | {"eval_every": 7}}
+    (place(root) / "run.json").write_text(json.dumps(rewritten))  # another run, which did more
+    _, out, _ = benchmark(matrix, "--list")
+    assert re.split(r"\s{2,}", out.splitlines()[-1])[:4] == ["all", "2", "2", "4"]
 
 
 @pytest.mark.parametrize("content", ["{", "", "[]", '{"status": "finished"}'])
@@ -495,6 +552,21 @@ def test_one_process_a_core_and_one_core_a_process(root, benchmark, module):
     spans = times(root, 2 * len(cores))
     at_once = max(sum(b <= begin < e for b, e in spans) for begin, _ in spans)
     assert at_once == len(cores)
+
+
+def test_two_benchmarks_do_not_pin_to_the_same_core(root, benchmark, module):
+    """What another one has taken is left alone; where none is left, a run may use all."""
+    cores, taken = module.list_cores(), module.take_core()
+    assert taken[0] == cores[0]
+    overrides = {"pause": 0.2, "updates": 2}
+    matrix = write_matrix(root, algorithms=["toy"], seeds=len(cores), overrides=overrides)
+    assert benchmark(matrix)[0] == 0
+    used = sorted(record(place(root, seed=seed))["cores"] for seed in range(len(cores)))
+    assert used == sorted([*([core] for core in cores[1:]), cores])
+    taken[1].release()
+    again = module.take_core()
+    assert again[0] == cores[0]  # all are free again
+    again[1].release()
 
 
 def test_processes_at_once(root, benchmark):
@@ -644,7 +716,7 @@ def test_no_disk_at_the_start(root, benchmark, monkeypatch):
     assert folders(root) == set()
 
 
-def test_a_disk_that_fills_up(root, benchmark, monkeypatch):
+def test_a_disk_that_fills_up(root, benchmark, module, monkeypatch):
     usage = lambda _: shutil._ntuple_diskusage(0, 0, 0 if list(root.rglob("checkpoint")) else 10**12)  # noqa: E731
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", usage)
@@ -654,6 +726,9 @@ def test_a_disk_that_fills_up(root, benchmark, monkeypatch):
     assert err.splitlines()[-1].startswith("benchmark.py: 0 MB are free in ")
     assert err.count("MB are free") == 1
     assert alive(root) == []
+    core, lock = module.take_core()
+    assert core == module.list_cores()[0]  # what was running has given its core back
+    lock.release()
     assert len(folders(root)) == 1
     count = int((place(root) / "checkpoint").read_text())
     write_matrix(root, algorithms=["toy"], seeds=4, overrides={"updates": 30})

@@ -16,12 +16,15 @@ A matrix is a YAML file with these fields, of which only `overrides` may be left
   seeds: 3                      # 0, 1 and 2; or a list
   overrides: {updates: 50000}   # fields of every run
 
+A list of values is a sweep: `overrides: {alpha: [1.0, 2.5]}`, or the same for one algorithm, makes the
+variants alpha-1.0 and alpha-2.5, several lists all their combinations. Their scores are shown at the end.
+
 A run is the script's own command line with its config file, in a process with one thread. So a finished run
-is skipped, and one that was cut off or failed goes on from its checkpoint. A folder with a run of another
-config is left to the script, which refuses it: this is shown as a failure. Fields that change what is learned
-need a `variant`, which names the run's folder; tools/scores.py counts such runs once configs/ has a file of
-that name. A run prints into log.txt in its folder. Where there are GPUs, the processes of this machine share
-them evenly.
+is skipped, also one of more updates, and one that was cut off or failed goes on from its checkpoint. A folder
+with a run of another config is left to the script, which refuses it: this is shown as a failure. Fields that
+change what is learned need a `variant`, which names the run's folder; tools/scores.py counts such runs once
+configs/ has a file of that name. A run prints into log.txt in its folder. Where there are GPUs, the processes
+of this machine share them evenly; of its cores each takes one that no other benchmark's run has.
 
 On a cluster every machine needs this repository, its Python, the datasets and --output_dir at the same paths,
 as shared storage gives them. The runs of a machine that died go on elsewhere.
@@ -41,6 +44,7 @@ import csv
 import dataclasses
 import difflib
 import fnmatch
+import itertools
 import json
 import math
 import os
@@ -52,6 +56,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
@@ -104,6 +109,7 @@ class Run:
     seed: int
     config: dict  # all fields, as the script will see them
     folder: Path
+    swept: bool  # is it of a sweep?
 
     def __str__(self) -> str:
         return os.path.relpath(self.folder)
@@ -206,15 +212,41 @@ def read_field(name: str, value, defaults: dict):
     return value
 
 
+def read_fields(given: dict, defaults: dict) -> Iterator[tuple[dict, str]]:
+    """Each combination of listed values, with what its variant's name ends in; "" without lists."""
+    swept, values = [name for name in given if isinstance(given[name], list)], {}
+    for name, value in given.items():
+        if name in swept and (name == "variant" or not value):
+            raise UserError(f"{name}: a sweep needs one value or more, and names its variants itself")
+        several = value if name in swept else [value]
+        values[name] = [read_field(name, one, defaults) for one in several]
+    for combination in itertools.product(*values.values()):
+        fields = dict(zip(values, combination))
+        texts = {name: v if isinstance(v, str) else json.dumps(v) for name, v in fields.items()}
+        yield fields, "-".join(f"{name}-{texts[name]}" for name in swept).replace("/", "-")
+
+
 def runs_of(name: str, own: dict, known: dict, matrix: dict, output: Path) -> Iterator[Run]:
     """Those of one algorithm, given its fields and configs."""
+    defaults, _ = read_script(ROOT / "algorithms" / f"{name}.py")
+    for fields, ending in read_fields(matrix["overrides"] | own, defaults):
+        yield from runs_with(name, fields, ending, known, matrix, output)
+
+
+def runs_with(
+    name: str, fields: dict, ending: str, known: dict, matrix: dict, output: Path
+) -> Iterator[Run]:
+    """Those of one algorithm with these fields; in a sweep the variant's name ends in `ending`."""
     script = ROOT / "algorithms" / f"{name}.py"
     defaults, free = read_script(script)
-    fields = {key: read_field(key, value, defaults) for key, value in (matrix["overrides"] | own).items()}
     variant, settings = fields.get("variant", "default"), fields.keys() - free - UNNAMED - {"variant"}
-    if settings and variant == "default":
+    files = known[variant]
+    if ending:
+        variant = ending if variant == "default" else f"{variant}-{ending}"
+        fields, files = fields | {"variant": variant}, {**files, **known[variant]}
+    elif settings and variant == "default":
         raise UserError(f"{', '.join(sorted(settings))}: what changes the learner needs a name, variant: ...")
-    files = {**(known["default"] if settings else {}), **known[variant]}
+    files = {**(known["default"] if settings else {}), **files}
     datasets = []
     for pattern in matrix["datasets"]:
         found = fnmatch.filter(files, pattern)
@@ -228,7 +260,8 @@ def runs_of(name: str, own: dict, known: dict, matrix: dict, output: Path) -> It
     for dataset in datasets:
         config, place = {**defaults, **read_yaml(files[dataset]), **fields}, output / name / dataset / variant
         for seed in matrix["seeds"]:
-            yield Run(script, files[dataset], fields, seed, config | {"seed": seed}, place / f"seed-{seed}")
+            folder = place / f"seed-{seed}"
+            yield Run(script, files[dataset], fields, seed, config | {"seed": seed}, folder, bool(ending))
 
 
 def expand(matrix: dict, output: Path) -> list[Run]:
@@ -263,9 +296,10 @@ def read_record(run: Run) -> dict:
 
 
 def is_finished(run: Run, record: dict) -> bool:
-    """Would the script find nothing to do? It takes seconds to see that itself."""
-    fields, config = run.config.keys() - read_script(run.script)[1], record.get("config", {})
-    return record.get("status") == "finished" and all(config.get(name) == run.config[name] for name in fields)
+    """Is there nothing to do? More updates than asked for are enough."""
+    fields, config = run.config.keys() - read_script(run.script)[1] - {"updates"}, record.get("config", {})
+    same = all(config.get(name) == run.config[name] for name in fields)
+    return record.get("status") == "finished" and same and config["updates"] >= run.config["updates"]
 
 
 def position(run: Run, record: dict) -> tuple[int, float]:
@@ -311,9 +345,12 @@ class Costs:
         self.positions |= {run: position(run, record) for run, record in records.items()}
         self.here = paces((run.kind, *place) for run, place in self.positions.items())
 
+    def updates_left(self, run: Run) -> int:
+        return max(0, run.config["updates"] - self.positions[run][0])
+
     def of(self, run: Run) -> tuple[float, str]:
         """Seconds that it still needs, and the source; inf where its algorithm was never measured."""
-        updates = max(0, run.config["updates"] - self.positions[run][0])
+        updates = self.updates_left(run)
         for source, table in {"measured here": self.here, "by results/scores": self.recorded}.items():
             for key in (run.kind, run.kind[0]):
                 if key in table:
@@ -338,10 +375,36 @@ def show_costs(runs: list[Run], todo: dict[Run, dict], costs: Costs) -> None:
     print(line("algorithm", "runs", "to do", "updates", "core-hours", "").rstrip())
     for name in [*sorted({run.kind[0] for run in runs}), "all"]:
         ours, left = ([run for run in several if name in ("all", run.kind[0])] for several in (runs, todo))
-        updates = sum(run.config["updates"] - costs.positions[run][0] for run in left)
+        updates = sum(map(costs.updates_left, left))
         seconds, source = costs.total(left)
         hours = "?" if seconds is None else f"{seconds / 3600:,.1f}"
         print(line(name, f"{len(ours):,}", f"{len(left):,}", f"{updates:,}", hours, source).rstrip())
+
+
+def show_sweep(runs: list[Run]) -> None:
+    """A line a swept variant: its final scores, or returns where there is no score."""
+    groups = defaultdict(list)
+    for run in runs:
+        record = read_record(run)
+        if run.swept and is_finished(run, record):
+            groups[*run.kind, run.config["variant"]].append(record)
+    if not groups:
+        return
+    rows = [("algorithm", "dataset", "variant", "seeds", "updates", "score")]
+    for key, records in groups.items():
+        kind = "return_mean" if any(record.get("score") is None for record in records) else "score"
+        values = [record[kind] for record in records if record.get(kind) is not None]
+        counts = sorted({record["config"]["updates"] for record in records})
+        shown = f"{statistics.mean(values):.1f}" if values else "not evaluated"
+        shown += f" ± {statistics.stdev(values):.1f}" * (len(values) > 1)
+        shown += " (return)" * (kind == "return_mean" and values != [])
+        rows.append((*key, str(len(records)), " and ".join(f"{count:,}" for count in counts), shown))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    print()
+    for row in rows:
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+    print("Final evaluations, mean and deviation over seeds. A value that is chosen by them is chosen with\n"
+          "the simulator, which offline learning does not have: say so, and how many values were tried.")
 
 
 # ----------------------------------------------- Running them -----------------------------------------------
@@ -373,6 +436,18 @@ def list_cores() -> list[int]:
     return process.cpu_affinity() if hasattr(process, "cpu_affinity") else list(range(os.cpu_count()))
 
 
+def take_core() -> tuple[int, filelock.FileLock] | None:
+    """A core that no other benchmark's run is pinned to, and the lock that keeps it, if there is one."""
+    folder = Path(tempfile.gettempdir(), f"reef-cores-{os.getuid()}")
+    folder.mkdir(exist_ok=True)
+    for core in list_cores():
+        lock = filelock.FileLock(folder / f"{core}.lock", timeout=0)
+        with contextlib.suppress(filelock.Timeout):
+            lock.acquire()
+            return core, lock
+    return None
+
+
 def list_gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES may name here."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
@@ -385,23 +460,30 @@ def list_gpus() -> list[str]:
 
 def run_local(runs: list[Run], options: argparse.Namespace) -> Iterator[tuple[Run, str] | None]:
     """Yields each run that ended with what went wrong, empty if nothing did; and None now and then."""
-    cores, gpus, waiting, running = list_cores(), list_gpus(), deque(runs), {}
-    places = list(range(options.processes or len(cores)))
+    gpus, waiting, running = list_gpus(), deque(runs), {}
+    places = list(range(options.processes or len(list_cores())))
     try:
         while waiting or running:
             while waiting and places:
                 run, place = waiting.popleft(), places.pop()
                 child = launch(run, **({"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {}))
-                running[child] = run, place
+                core = take_core()
+                running[child] = run, place, core
                 with contextlib.suppress(AttributeError, psutil.NoSuchProcess):  # macOS; it ended already
-                    child.cpu_affinity([cores[place % len(cores)]])
+                    if core:
+                        child.cpu_affinity([core[0]])
             for child in psutil.wait_procs(running, timeout=0.5)[0]:
-                run, place = running.pop(child)
+                run, place, core = running.pop(child)
                 places.append(place)
+                if core:
+                    core[1].release()
                 yield run, f"exit status {child.returncode}" if child.returncode else ""
             yield None
     finally:
         stop(running)
+        for _, _, core in running.values():
+            if core:
+                core[1].release()
 
 
 def connect(options: argparse.Namespace) -> None:
@@ -521,6 +603,7 @@ def benchmark(runs: list[Run], todo: list[Run], costs: Costs, options: argparse.
             display.refresh()
             check_disk(options.output_dir)
     print(f"{len(runs) - display.failed:,} of {len(runs):,} runs are finished, {display.failed:,} failed")
+    show_sweep(runs)
     return int(display.failed > 0)
 
 
@@ -578,6 +661,7 @@ def run(arguments: list[str]) -> int:
         return 0
     if not todo:
         print(f"all {len(runs):,} runs are finished")
+        show_sweep(runs)
         return 0
     check_datasets([*todo])
     options.output_dir.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,212 @@
+"""tools/plot.py: which runs it finds, what it draws of them, and what its table says."""
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, short
+
+MAZE, CHEETAH = "own/maze-v0", "own/cheetah/mixed-v1"
+
+
+def load_plot():
+    """tools/plot.py, which imports its siblings from its own folder."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        return importlib.import_module("plot")
+    finally:
+        sys.path.pop(0)
+
+
+plot = load_plot()
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make("bc", seed=1, curve={100: 3.0}, score=5.0) writes a run; returns are ten times the scores."""
+
+    def make(algorithm: str, seed: int = 0, curve: dict | None = None, score: float = 5.0, **fields) -> Path:
+        config = {"dataset": MAZE, "variant": "default", "updates": 400, "seed": seed}
+        config |= {name: fields.pop(name) for name in list(fields) if name in config}
+        root, family = fields.pop("root", tmp_path), fields.pop("family", "offline")
+        scored = fields.pop("scored", True)
+        folder = root / family / algorithm / config["dataset"] / config["variant"] / f"seed-{config['seed']}"
+        folder.mkdir(parents=True)
+        curve = {100: 1.0, 200: 3.0, 400: 4.0} if curve is None else curve
+        info = {"status": "finished", "config": config, "dataset_hash": "d", "return_mean": 10 * score}
+        info |= {"score": score if scored else None, "best_score": 9.0 if scored else None}
+        (folder / "run.json").write_text(json.dumps(info | fields))
+        rows = [{"update": update, "actor/loss": 0.5} for update in range(50, 401, 50) if update not in curve]
+        for update, value in curve.items():
+            rows.append({"update": update, "actor/loss": 0.5, "eval/return_mean": 10 * value})
+            if scored:
+                rows[-1]["eval/score"] = value
+        pd.DataFrame(rows).sort_values("update").to_csv(folder / "metrics.csv", index=False)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def run(capsys):
+    """run(FOLDER, "--output", FILE) is the command line: exit status, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        return plot.main([*map(str, arguments)]), *capsys.readouterr()
+
+    return run
+
+
+def table(out: str) -> dict[tuple[str, str], list[str]]:
+    """Rows of the printed table by dataset and algorithm."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line[:1] == "|"]
+    return {(dataset, learner): rest for dataset, learner, *rest in rows[2:]}
+
+
+def drawn(folder: Path):
+    """Panels of the picture by dataset: its lines, as (x, y, width), and its axis."""
+    with matplotlib.rc_context(plot.STYLE):
+        axes = plot.draw(*plot.find_runs([folder])).axes
+    panels = {axis.get_title("left").partition("\n")[0]: axis for axis in axes if axis.lines}
+    lines = {name: [(*map(np.asarray, line.get_data()), line.get_linewidth()) for line in axis.lines
+                    if line.get_marker() != "D"] for name, axis in panels.items()}
+    return lines, panels
+
+
+def test_the_table_is_the_final_evaluations(make, run, tmp_path):
+    for seed, score in enumerate((4.0, 6.0, 11.0)):
+        make("td3_bc", seed, score=score)
+    make("td3_bc", 0, variant="alpha-10.0", score=2.0, updates=300)
+    make("bc", 0, dataset=CHEETAH, scored=False)
+    make("iql", 0, family="finetune")
+    status, out, err = run(tmp_path)
+    assert (status, err) == (0, "")
+    spread = np.std([4, 6, 11], ddof=1)
+    assert table(out) == {
+        (MAZE, "td3_bc"): [f"7.0 ± {spread:.1f}", f"70.0 ± {10 * spread:.1f}", "9.0 ± 0.0", "3", "400"],
+        (MAZE, "td3_bc alpha-10.0"): ["2.0", "20.0", "9.0", "1", "300"],
+        (MAZE, "finetune iql"): ["5.0", "50.0", "9.0", "1", "400"],
+        (CHEETAH, "bc"): ["", "50.0", "", "1", "400"],
+    }
+    assert out.endswith(f"\nPicture: {tmp_path / 'curves.png'}\n")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_not_finished_has_a_curve_but_no_score(make, run, tmp_path):
+    make("bc", 0, score=4.0)
+    make("bc", 1, curve={100: 7.0}, score=100.0, status="running")
+    make("cql", 0, curve={}, score=100.0, status="failed")
+    _, out, _ = run(tmp_path)
+    assert table(out)[MAZE, "bc"] == ["4.0", "40.0", "9.0", "1 (and 1 not finished)", "400"]
+    assert table(out)[MAZE, "cql"] == ["", "", "", "0 (and 1 not finished)", "400"]
+    lines, panels = drawn(tmp_path)
+    assert [list(x) for x, _, _ in lines[MAZE]][:3] == [[100, 200, 400], [100], [100]]
+    assert "not finished: 2 of 3 runs" in panels[MAZE].get_title("left")
+
+
+def test_lines_have_no_holes_where_others_were_evaluated_at_other_updates(make, tmp_path):
+    make("bc", 0, {100: 1.0, 200: 3.0, 400: 4.0})
+    make("bc", 1, {100: 2.0, 300: 9.0, 400: 8.0})
+    make("iql", 0, {50: 1.0, 150: 2.0, 250: 5.0})
+    lines, _ = drawn(tmp_path)
+    seeds = [(list(x), list(y)) for x, y, width in lines[MAZE] if width < 1]
+    means = [(list(x), list(y)) for x, y, width in lines[MAZE] if width > 1]
+    assert seeds == [([100, 200, 400], [1, 3, 4]), ([100, 300, 400], [2, 9, 8]), ([50, 150, 250], [1, 2, 5])]
+    assert means == [([100, 400], [1.5, 6]), ([50, 150, 250], [1, 2, 5])]
+
+
+def test_a_diamond_is_the_mean_of_the_final_evaluations(make, tmp_path):
+    make("bc", 0, score=4.0)
+    make("bc", 1, score=8.0)
+    _, panels = drawn(tmp_path)
+    (diamond,) = [line for line in panels[MAZE].lines if line.get_marker() == "D"]
+    assert diamond.get_xydata().tolist() == [[400, 6]]
+
+
+@pytest.mark.parametrize(("curve", "status"), [({100: 3.0, 400: 4.0}, "running"), ({}, "finished")])
+def test_returns_are_drawn_where_one_has_no_score(make, tmp_path, curve, status):
+    make("bc", 0, {100: 1.0, 400: 2.0}, dataset=MAZE)
+    make("iql", 0, curve, dataset=MAZE, scored=False, status=status)
+    make("bc", 0, {100: 1.0, 400: 2.0}, dataset=CHEETAH)
+    lines, panels = drawn(tmp_path)
+    means = [list(y) for _, y, width in lines[MAZE] if width > 1]
+    assert means == [[10, 20], [10 * value for value in curve.values()]]
+    assert [list(y) for _, y, width in lines[CHEETAH] if width > 1] == [[1, 2]]
+    assert (panels[MAZE].get_ylabel(), panels[CHEETAH].get_ylabel()) == ("return", "score")
+
+
+def test_a_panel_says_what_is_not_alike(make, tmp_path):
+    for seed in (0, 1):
+        make("bc", seed)
+        make("iql", seed, dataset=CHEETAH)
+    make("bc", 0, dataset="one-v0")
+    _, panels = drawn(tmp_path)
+    assert panels[MAZE].get_title("left") == MAZE
+    assert panels["one-v0"].get_title("left") == "one-v0\none seed each: no spread is known"
+    make("awac", 0, updates=10_000, dataset_hash="other")
+    title = drawn(tmp_path)[1][MAZE].get_title("left")
+    notes = ["one seed: awac", "unequal updates: 400 to 10,000", "2 versions of the data"]
+    assert title.splitlines() == [MAZE, *notes]
+
+
+def test_the_same_seed_in_two_folders_is_two_lines(make, run, tmp_path):
+    make("bc", 0, root=tmp_path / "before", score=1.0)
+    make("bc", 0, root=tmp_path / "after", score=2.0)
+    _, out, _ = run(tmp_path / "before", tmp_path / "after", tmp_path / "before/offline")
+    assert table(out) == {
+        (MAZE, f"bc in {tmp_path / 'before'}"): ["1.0", "10.0", "9.0", "1", "400"],
+        (MAZE, f"bc in {tmp_path / 'after'}"): ["2.0", "20.0", "9.0", "1", "400"],
+    }
+    folder = tmp_path / "before/offline/bc" / MAZE / "default/seed-0"
+    assert [*table(run(folder)[1])] == [(MAZE, "bc")]  # the folder of a run itself
+
+
+def test_what_is_damaged_is_named_and_skipped(make, run, tmp_path):
+    make("bc", 0)
+    broken, moved = make("bc", 1), make("bc", 2)
+    (broken / "run.json").write_text("{")
+    shutil.move(moved, tmp_path / "elsewhere")
+    status, out, err = run(tmp_path)
+    assert status == 0
+    assert table(out)[MAZE, "bc"][3] == "1"
+    assert [line.partition(": its record")[0] for line in err.splitlines()] == [
+        f"skipped {tmp_path / 'elsewhere'}", f"skipped {broken}"]
+
+
+@pytest.mark.parametrize(("suffix", "begin"), [(".pdf", b"%PDF"), (".svg", b"<?xml")])
+def test_other_kinds_of_pictures(make, run, tmp_path, suffix, begin):
+    make("bc")
+    assert run(tmp_path, "--output", tmp_path / f"new/picture{suffix}")[0] == 0
+    assert (tmp_path / f"new/picture{suffix}").read_bytes().startswith(begin)
+
+
+def test_errors_are_one_line(make, run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    cases = [((tmp_path / "none",), "none is no folder"), ((tmp_path / "empty",), "no runs (run.json) in")]
+    make("bc", curve={}, status="running")
+    cases += [((tmp_path,), "no run has been evaluated yet")]
+    cases += [((tmp_path, "--output", tmp_path / "picture.doc"), "ends in none of .png, .pdf, .svg")]
+    for arguments, words in cases:
+        status, _, err = run(*arguments)
+        assert status == 2
+        assert err.startswith("plot.py: ")
+        assert err.count("\n") == 1
+        assert words in err
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_runs_of_a_real_script(call, pendulum, run, tmp_path):
+    for seed in (0, 1):
+        assert call("bc", *short(pendulum, tmp_path, seed=seed))[0] == 0
+    status, out, _ = run(tmp_path)
+    assert status == 0
+    scores = [json.loads(file.read_text())["score"] for file in tmp_path.rglob("run.json")]
+    assert table(out)[pendulum, "bc"][0] == f"{np.mean(scores):.1f} ± {np.std(scores, ddof=1):.1f}"
+    assert [list(x) for x, _, _ in drawn(tmp_path)[0][pendulum]] == [[20, 40]] * 3
