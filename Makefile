@@ -5,6 +5,7 @@
 ## make datasets         make all local datasets that are not there yet, and name those that cannot be made
 ## make bench            updates per second of every script
 ## make scores           gather finished runs into results/scores/*.csv
+## make plot             learning curves and a table of the runs in results/runs
 ## make report           tables, figures and a page of all recorded scores, in results/report
 ## make benchmark-quick  what is missing of configs/benchmark/quick.yaml, then scores and report (under two hours)
 ## make lint             ruff
@@ -55,6 +56,9 @@ bench: .venv/complete
 
 scores: .venv/complete
 	$(RUN) tools/scores.py
+
+plot: .venv/complete
+	$(RUN) tools/plot.py results/runs
 
 report: .venv/complete
 	$(RUN) tools/report.py
