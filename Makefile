@@ -22,7 +22,7 @@ RECIPES = $(filter-out configs/collect/sac/%,$(sort $(wildcard configs/collect/*
 DATASETS = $(RECIPES:configs/collect/%.yaml=reef/%)
 COLLECTOR = $(or $(filter pointmaze sepsis,$(word 2,$(subst /, ,$(ID)))),rollouts)
 
-.PHONY: help test demo discrete dataset datasets known-dataset bench scores report benchmark-quick lint
+.PHONY: help test demo discrete plot dataset datasets known-dataset bench scores report benchmark-quick lint
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile

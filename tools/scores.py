@@ -179,14 +179,15 @@ def algorithms_table(finals: pd.DataFrame) -> str:
         text, (_, family, file) = path.read_text(), path.relative_to(ROOT).parts
         if not is_learner(text):
             continue
-        name, paper, number = re.match(r'"""(.+?): .*\((.+), arXiv:([\d.]+)\)', text).groups()
+        name = re.match(r'"""([^:,]+)', text)[1]
+        paper, number = re.match(r".*\((.+?, \d{4}), (?:arXiv:([\d.]+))?", text).groups()
         lines = text.splitlines()
         banners = [index for index, line in enumerate(lines) if re.match("# -+ Toolbox", line)]
         own = banners[0] if banners else len(lines)  # one without a toolbox is all its own
         row = {
             "Route": route(family, path.stem),
             "Algorithm": f"[{name}](algorithms/{family}/{file})",
-            "Paper": f"[{paper}](https://arxiv.org/abs/{number})",
+            "Paper": f"[{paper}](https://arxiv.org/abs/{number})" if number else paper,
             "Lines": f"{own} + {len(lines) - own}",
         }
         ours = finals[(finals["family"] == family) & (finals["algorithm"] == path.stem)]

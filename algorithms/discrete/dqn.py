@@ -1,4 +1,4 @@
-"""DQN, double, on a fixed dataset: the learner that fails offline (van Hasselt et al., arXiv:1509.06461).
+"""DQN for choices: double Q-learning, which fails offline (van Hasselt et al., 2015, arXiv:1509.06461).
 
 Online, a choice that the critic overrates is tried, and the critic learns better. A dataset never answers
 back: (1) seeks out what is overrated, (2) hands it on, and Q can grow beyond any return. It is here as the
