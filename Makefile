@@ -1,5 +1,5 @@
 ## make test             make .venv and run the whole test suite
-## make demo             make .venv and a dataset, train BC and TD3+BC on it, print their scores and draw them
+## make demo             make .venv and a dataset, train BC, TD3+BC and IQL on it, print and draw their scores
 ## make dataset ID=...   make a local dataset, e.g. ID=reef/pointmaze/umaze-v0 or ID=reef/hopper/medium-v1
 ## make discrete         add to .venv what algorithms/discrete, algorithms/evaluate and sepsis need
 ## make datasets         make all local datasets that are not there yet, and name those that cannot be made

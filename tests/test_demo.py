@@ -1,4 +1,4 @@
-"""tools/demo.py at a small scale: two runs, their scores and a picture; called again, nothing is redone."""
+"""tools/demo.py at a small scale: three runs, their scores and a picture; called again, nothing is redone."""
 
 import importlib.util
 import re
@@ -54,19 +54,19 @@ def test_the_maze(demo, run_script, tmp_path, monkeypatch):
     assert "Means over 10 episodes" in out
     assert "100 one of" in out
     assert "Imitation cannot" in out
-    for algorithm, name in {"bc": "BC", "td3_bc": "TD3+BC"}.items():
+    for algorithm, name in {"bc": "BC", "td3_bc": "TD3+BC", "iql": "IQL"}.items():
         table = pd.read_csv(tmp_path / f"runs/offline/{algorithm}/{MAZE}/demo/seed-0/evaluations.csv")
         mean = table.query("phase == 'final'")["return"].mean()
         number = re.search(rf"^{re.escape(name)} +[-.\d]+ +([-.\d]+) ", out, re.MULTILINE)[1]
         assert float(number) == pytest.approx(mean, abs=0.01)
     height, width, _ = matplotlib.image.imread(picture).shape
-    assert width > 3 * height  # the curves and three mazes
+    assert width > 4 * height  # the curves and four mazes
     assert list((tmp_path / "runs/demo").rglob("*.png")) == [picture]
 
     before = times(tmp_path / "runs")
     status, again = demo("--output_dir", tmp_path / "runs")
     assert status == 0
-    assert again.count("is finished") == 2
+    assert again.count("is finished") == 3
     assert again[again.index("\n\n  ") :] == out[out.index("\n\n  ") :]  # the same scores and words
     assert times(tmp_path / "runs") == before
 

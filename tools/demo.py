@@ -1,7 +1,7 @@
-"""What learning from rewards adds to imitation: trains BC and TD3+BC on one dataset, prints and draws both.
+"""What learning from rewards adds to imitation: trains BC, TD3+BC and IQL on one dataset, and draws them.
 
   make demo                           makes the dataset first
-  python tools/demo.py [--updates 20000] [--dataset ID] [--any_field_of_both_scripts value]
+  python tools/demo.py [--updates 10000] [--dataset ID] [--any_field_of_all_three value]
 
 Called again, it trains only what is not finished and draws only what is not drawn.
 """
@@ -24,8 +24,9 @@ from matplotlib.patches import Circle, Rectangle
 from matplotlib.ticker import MaxNLocator, MultipleLocator, StrMethodFormatter
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = {"bc": "BC", "td3_bc": "TD3+BC"}
-COLORS = {"BC": "#D55E00", "TD3+BC": "#0072B2", "The data": "#444444", "goal": "#009E73"}  # for all eyes
+NAMES = {"bc": "BC", "td3_bc": "TD3+BC", "iql": "IQL"}
+COLORS = {  # for all eyes
+    "BC": "#D55E00", "TD3+BC": "#0072B2", "IQL": "#CC79A7", "The data": "#444444", "goal": "#009E73"}
 ROUNDS = 2  # that every environment plays for the picture
 REACH = 0.45  # m from the goal that PointMaze rewards
 
@@ -33,7 +34,7 @@ REACH = 0.45  # m from the goal that PointMaze rewards
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--dataset", default="reef/pointmaze/umaze-v0", help="Minari id")
-    parser.add_argument("--updates", default="20000", help="gradient updates of each")
+    parser.add_argument("--updates", default="10000", help="gradient updates of each")
     parser.add_argument("--seed", default="0", help="training seed")
     parser.add_argument("--variant", default="demo", help="names the run folders")
     parser.add_argument("--output_dir", default="results/runs", help="where they go, and the picture")
@@ -63,7 +64,7 @@ def train(algorithm: str, fields: dict[str, str], others: list[str]) -> Path:
     print(f"\n{NAMES[algorithm]}:", flush=True)
     config = ROOT / f"configs/offline/{path}.yaml"
     words = ["--config_path", str(config)] if config.exists() else []
-    words += ["--eval_every", "2000", "--eval_episodes", "50", "--checkpoint_every", "2000"]
+    words += ["--eval_every", "1000", "--eval_episodes", "50", "--checkpoint_every", "1000"]
     words += ["--threads", "2", "--wandb_mode", "disabled"]
     words += [word for name, value in fields.items() for word in (f"--{name}", value)]
     command = [sys.executable, str(ROOT / f"algorithms/offline/{algorithm}.py"), *words, *others]
@@ -100,17 +101,18 @@ def explain(runs: dict, known: dict) -> None:
     if recipe and not recipe["goals"]:
         print(
             "The data: a planner on its way from one random place to the next; where to, they don't say.\n"
-            "BC imitates it, and so goes nowhere in particular. TD3+BC also reads the rewards in the same\n"
-            "data, learns which pieces of those walks lead to the goal, and joins them. Imitation cannot."
+            "BC imitates it, and so goes nowhere in particular. TD3+BC and IQL also read the rewards in the\n"
+            "same data, learn which pieces of those walks lead to the goal, and join them: TD3+BC near every\n"
+            "action of the data, IQL near the better ones. Imitation cannot."
         )
 
 
 def draw(picture: Path, folders: dict, runs: dict, dataset, environments) -> None:
-    """One PNG: the learning curves and, of a maze, where the data and both policies go."""
+    """One PNG: the learning curves and, of a maze, where the data and the policies go."""
     script, world = importlib.import_module("bc"), environments.envs[0].unwrapped
     maze = world.maze if getattr(world, "reward_type", "") == "sparse" else None  # 1 at the goal, else 0
     data = [(script.flatten(e.observations)[:, :2], e.rewards) for e in dataset.iterate_episodes()]
-    widths = [1.3, 1, 1, 1] if maze else [1.5]
+    widths = [1.3, 1, 1, 1, 1] if maze else [1.5]
     plt.rcParams |= {"axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left"}
     figure = plt.figure(figsize=(3.6 * sum(widths), 4.4), layout="constrained")
     curves, *panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
@@ -126,7 +128,7 @@ def draw(picture: Path, folders: dict, runs: dict, dataset, environments) -> Non
             draw_walks(axis, name, episodes)
         panels[0].set_ylabel("y (m)")
         key = panels[0].get_legend_handles_labels()
-        title = f"{len(shown)} episodes each; both policies from the same starts"
+        title = f"{len(shown)} episodes each; all policies from the same starts"
         figure.legend(*key, loc="outside lower right", ncols=4, frameon=False, title=title)
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture.with_suffix(".new.png"), dpi=150)
