@@ -7,6 +7,7 @@ of medians over the turns. Absolute numbers belong to the machine they were take
 
   python tools/bench.py                    all scripts, one and two threads (and a GPU, where there is one)
   python tools/bench.py td3_bc --turns 3   one script, quicker
+  python tools/bench.py sac_n --sweep critics 2 10 50   what a field costs: milliseconds by its values
 """
 
 import argparse
@@ -69,22 +70,28 @@ def random_episodes(count: int = 100, length: int = 1000) -> list[dict[str, np.n
 
 
 def draw(script, learner, episodes: list, config) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches as the script's own `train` makes them: DT's are windows, the others' transitions."""
+    """Batches as the script's own `train` makes them: windows, transitions, or these and a model's."""
     if not hasattr(script, "windows"):
         data = script.transitions(episodes, learner.scaler)
-        return script.draw_batches(data, config.batch_size, seed=0, update=0)
+        if hasattr(script, "next_actions"):
+            data |= script.next_actions(episodes, learner.scaler)
+        batches = script.draw_batches(data, config.batch_size, seed=0, update=0)
+        if not hasattr(script, "renew_rollouts"):
+            return batches
+        script.renew_rollouts(learner, data, None)  # once: what it costs is not in an update
+        return (script.mix(batch, learner.rollouts.rows, config.real_ratio) for batch in batches)
     data = script.steps(episodes, learner.scaler)
     rows = {"starts": torch.arange(len(data["timesteps"]), device=learner.scaler.mean.device)}
     batches = script.draw_batches(rows, config.batch_size, seed=0, update=0)
     return (script.windows(data, batch["starts"], config.context) for batch in batches)
 
 
-def measure(name: str, device: torch.device, turns: int, seconds: float) -> dict[str, list[float]]:
+def measure(name: str, device: torch.device, turns: int, seconds: float, fields: dict) -> dict[str, list]:
     """{variant: updates per second of each turn}; the whole loop but for evaluation and records."""
     script, episodes = load_script(name), random_episodes()
     learners, speeds = {}, {variant: [] for variant in VARIANTS}
     for variant, settings in VARIANTS.items():
-        config = dataclasses.replace(script.Config(), **settings)
+        config = dataclasses.replace(script.Config(), **settings, **fields)
         torch.set_float32_matmul_precision(config.precision)
         torch.manual_seed(0)
         learner = new_learner(script, config, device)
@@ -134,19 +141,28 @@ def main() -> None:
     parser.add_argument("scripts", nargs="*", default=names, help=f"some of {', '.join(names)}; else all")
     parser.add_argument("--turns", type=int, default=9, help="turns of each variant")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn")
+    parser.add_argument("--sweep", nargs="+", default=[], metavar="FIELD VALUE", help="a field, and numbers")
     parser.add_argument("--child", help=argparse.SUPPRESS)  # device:threads, to measure in this process
     arguments = parser.parse_args()
     if arguments.child:
         kind, threads = arguments.child.split(":")
         torch.set_num_threads(int(threads))
-        speeds = measure(arguments.scripts[0], torch.device(kind), arguments.turns, arguments.seconds)
-        return print(json.dumps(speeds))
+        fields = {arguments.sweep[0]: json.loads(arguments.sweep[1])} if arguments.sweep else {}
+        # BRAC and BEAR begin with updates of another kind
+        early = ("behavior_updates", "warmup_updates") if arguments.scripts[0] in ("brac", "bear") else ()
+        config = load_script(arguments.scripts[0]).Config
+        fields |= {name: 0 for name in early if name in config.__dataclass_fields__}
+        place = torch.device(kind), arguments.turns, arguments.seconds
+        return print(json.dumps(measure(arguments.scripts[0], *place, fields)))
 
     print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores")
     places = ["cpu:1", "cpu:2"] + ["cuda:1"] * torch.cuda.is_available()
-    rows, jobs = [], [(name, place) for name in arguments.scripts for place in places]
-    for name, place in tqdm(jobs, disable=None):
+    field, *values = arguments.sweep or [None, None]
+    names = arguments.scripts
+    rows, jobs = [], [(name, place, value) for name in names for place in places for value in values]
+    for name, place, value in tqdm(jobs, disable=None):
         command = [sys.executable, __file__, name, "--child", place]
+        command += ["--sweep", field, value] if field else []
         command += ["--turns", str(arguments.turns), "--seconds", str(arguments.seconds)]
         # Compiled code holds the number of threads it was made for: a cache of its own for each.
         cache = Path(tempfile.gettempdir(), f"reef-bench-{place.replace(':', '-')}")
@@ -155,7 +171,9 @@ def main() -> None:
         speeds = json.loads(done.stdout.splitlines()[-1])
         median = {variant: float(np.median(turns)) for variant, turns in speeds.items()}
         ratios = {f"{variant}/eager": median[variant] / median["eager"] for variant in ("default", "medium")}
-        rows.append({"script": name, "device:threads": place, **median, **ratios})
+        each = 1000 / median["default"] / float(value or 1)
+        swept = {field: float(value), f"ms by {field}": each} if field else {}
+        rows.append({"script": name, "device:threads": place, **swept, **median, **ratios})
     print("Updates per second (median) and ratios to eager, batch and networks as by default:")
     table = pd.DataFrame(rows)
     print(table.to_string(index=False, float_format=lambda x: f"{x:.2f}" if x < 20 else f"{x:.0f}"))

@@ -102,8 +102,8 @@ def explain(runs: dict, known: dict) -> None:
         print(
             "The data: a planner on its way from one random place to the next; where to, they don't say.\n"
             "BC imitates it, and so goes nowhere in particular. TD3+BC and IQL also read the rewards in the\n"
-            "same data, learn which pieces of those walks lead to the goal, and join them: TD3+BC near every\n"
-            "action of the data, IQL near the better ones. Imitation cannot."
+            "same data, learn which pieces of those walks lead to the goal, and join them: TD3+BC near all\n"
+            "actions of the data, IQL near the better ones. Imitation cannot."
         )
 
 
