@@ -64,11 +64,17 @@ def location(file: str) -> str:
     return "/".join(["reef", *rest]) if family == "collect" else "/".join(rest[1:])
 
 
+@cache
+def parse_nothing(script) -> None:
+    script.parse_config([])
+
+
 def loading_faults(file: str) -> list[str]:
     """What the script makes of a file that the file doesn't say, and what the file says for nothing."""
     script, faults = script_of(file), []
     try:
-        config = script.parse_config(["--config_path", str(ROOT / file)])
+        parse_nothing(script)  # once: the parser takes ten times as long as the decoders, which it registers
+        config = script.decode_config(read(file))
     except script.UserError as error:
         return [f"{file}: {error}"]
     values = read(file)
@@ -86,6 +92,8 @@ def loading_faults(file: str) -> list[str]:
 def test_every_file_loads_into_its_script():
     assert [file for file in FILES if not file.endswith(".yaml")] == []
     assert [fault for file in FILES for fault in loading_faults(file)] == []
+    for script, file in {script_of(file): file for file in FILES}.items():  # one of each as the user does it
+        assert script.parse_config(["--config_path", str(ROOT / file)]) == script.decode_config(read(file))
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_configs_have_the_published_numbers_of_critics_and_updates():
         if source == "mujoco":
             critics, updates = published[domain][level == "expert-v0"]
         if source == "reef":
-            updates = 50_000
+            updates = 12_500
         assert (config.critics, config.updates) == (critics, updates), dataset
         assert config.batch_size == (1024 if source == "reef" else 10_000), dataset
         assert (config.actor_lr, config.critic_lr) == (3e-4, 3e-4), dataset

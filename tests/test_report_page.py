@@ -57,7 +57,7 @@ def file(tmp_path_factory) -> Path:
         patch.setattr(report, "ROOT", root)
         patch.setattr(report, "draw_figures", lambda *_: iter(()))
         assert report.main([]) == 0
-    assert (root / "README.md").read_text() != README
+    assert (root / "docs/scores.md").read_text() != README
     return root / "results/report/index.html"
 
 

@@ -183,7 +183,8 @@ class DiffusionQL:
         repeated = observations.reshape(-1, observations.shape[-1]).repeat_interleave(samples, 0)  # [B N, .]
         actions = self.sample(self.actor, repeated)  # [B N, A]
         q = self.target_critic(repeated, actions).amin(0).view(-1, samples)  # [B, N]
-        drawn = torch.multinomial(q.softmax(1), 1)[:, 0]  # (10) [B]
+        chances = q.softmax(1).nan_to_num(1 / samples)  # lost Q are for the losses to tell
+        drawn = torch.multinomial(chances, 1)[:, 0]  # (10) [B]
         chosen = actions.view(len(drawn), samples, -1)[torch.arange(len(drawn)), drawn]  # [B, A]
         return self.scaler.unscale_actions(chosen.view(*observations.shape[:-1], -1))
 
