@@ -338,7 +338,7 @@ def load_dataset(name: str) -> minari.MinariDataset:
     local, ours = (minari.storage.get_dataset_path(name) / "data").exists(), name.startswith("reef/")
     advice = f"make it: make dataset ID={name}" if ours else f"see minari list remote, minari download {name}"
     configs = Path(__file__).resolve().parent / "../../configs"
-    known = {"/".join(file.with_suffix("").parts[-3:]) for file in configs.glob("*/*/*/*/*.yaml")}
+    known = {"/".join(file.with_suffix("").parts[-3:]) for file in configs.glob("*/*/*/*/*-v[0-9].yaml")}
     near = difflib.get_close_matches(name, known - {name}, 2)
     if local:
         advice = f"minari delete {name}, then get it anew ({advice})"
