@@ -87,13 +87,15 @@ def test_value_loss(batch, rows, expectile):
     q = u + values(weights(learner.value), rows["observations"])
     others = [learner.actor, learner.critic, learner.target_critic]
     oracle = lambda layers: expectile_loss(q - values(layers, rows["observations"]), expectile)  # noqa: E731
-    assert_loss_and_gradient(learner.value_loss(batch)[0], learner.value, oracle, others)
+    loss, _ = learner.value_loss(batch, learner.target_q(batch))
+    assert_loss_and_gradient(loss, learner.value, oracle, others)
 
 
 @pytest.mark.equation(1)
 def test_value_loss_at_expectile_one_half_is_half_the_squared_error(batch, rows):
     learner = make(expectile=0.5)
-    assert_close(learner.value_loss(batch)[0].item(), 0.5 * np.mean(td_errors(learner, rows) ** 2))
+    loss, _ = learner.value_loss(batch, learner.target_q(batch))
+    assert_close(loss.item(), 0.5 * np.mean(td_errors(learner, rows) ** 2))
 
 
 def value_loss_at(value: float, q: list[float], expectile: float) -> tuple[float, float]:
@@ -102,7 +104,7 @@ def value_loss_at(value: float, q: list[float], expectile: float) -> tuple[float
     learner.value = Constant([[value]] * len(q))
     learner.target_critic = Constant([q, [entry + 1 for entry in q]])
     batch = {"observations": torch.zeros(len(q), OBS), "actions": torch.zeros(len(q), ACT)}
-    loss = learner.value_loss(batch)[0]
+    loss = learner.value_loss(batch, learner.target_q(batch))[0]
     return loss.item(), torch.autograd.grad(loss, learner.value.answer)[0].sum().item()
 
 
@@ -167,7 +169,7 @@ def test_actor_loss(batch, rows, beta):
     def oracle(layers):
         return -np.mean(weight * log_density(layers, rows["observations"], rows["actions"]))
 
-    loss, metrics = learner.actor_loss(batch)
+    loss, metrics = learner.actor_loss(batch, learner.target_q(batch))
     assert_loss_and_gradient(loss, learner.actor, oracle, others)
     assert metrics["actor/weight"].item() == pytest.approx(weight.mean(), rel=1e-4)
     effective = weight.sum() ** 2 / (len(weight) * (weight**2).sum())
@@ -194,7 +196,7 @@ def test_weight_of_an_advantage(batch, advantage, beta, weight):
     learner.value = Constant([[2.0]] * 3)
     learner.target_critic = Constant([[2.0 + advantage] * 3, [9999.0] * 3])
     log_prob = learner.actor.log_prob(batch["observations"], batch["actions"]).mean().item()
-    loss, metrics = learner.actor_loss(batch)
+    loss, metrics = learner.actor_loss(batch, learner.target_q(batch))
     assert loss.item() == pytest.approx(-weight * log_prob, rel=1e-4)
     assert metrics["actor/weight"].item() == pytest.approx(weight, rel=1e-4)
 
@@ -279,13 +281,14 @@ def test_actor_learning_rate_falls_along_a_cosine(batch):
 
 def test_drops_units_in_training_only(batch, rows):
     learner = make(dropout=0.5)
-    losses = [learner.actor_loss(batch)[0].item() for _ in range(8)]
+    losses = [learner.actor_loss(batch, learner.target_q(batch))[0].item() for _ in range(8)]
     assert len({*losses}) > 1
     layers = weights(learner.actor)[1:]
     for _ in range(2):
         assert_close(learner.act(rows["observations"]), policy(layers, rows["observations"]))
     assert learner.actor.training
-    losses = [make(dropout=0.0).actor_loss(batch)[0].item() for _ in range(2)]
+    without = make(dropout=0.0)
+    losses = [without.actor_loss(batch, without.target_q(batch))[0].item() for _ in range(2)]
     assert losses[0] == losses[1]
 
 

@@ -13,9 +13,11 @@ of medians over the turns. Absolute numbers belong to the machine they were take
 import argparse
 import dataclasses
 import importlib.util
+import inspect
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -52,6 +54,11 @@ def new_learner(script, config, device: torch.device):
     (learner,) = [each for each in classes if each.__module__ == script.__name__ and hasattr(each, "update")]
     scaler = script.Scaler(np.zeros(OBS_DIM), np.ones(OBS_DIM), -np.ones(ACT_DIM), np.ones(ACT_DIM))
     return learner(config, scaler.to(device))
+
+
+def compiled_methods(script) -> list[str]:
+    """Names of the learner's methods that the script's `train` compiles."""
+    return re.findall(r'"(target_q|\w+_loss)"', inspect.getsource(script.train))
 
 
 def random_episodes(count: int = 100, length: int = 1000) -> list[dict[str, np.ndarray]]:
@@ -96,7 +103,7 @@ def measure(name: str, device: torch.device, turns: int, seconds: float, fields:
         torch.manual_seed(0)
         learner = new_learner(script, config, device)
         if config.compile:
-            script.compile_methods(learner, *[method for method in dir(learner) if method.endswith("_loss")])
+            script.compile_methods(learner, *compiled_methods(script))
         batches = draw(script, learner, episodes, config)
         learners[variant] = config.precision, learner, batches
         run_updates(learner, batches, 20, device)  # compile and warm up

@@ -117,18 +117,15 @@ class DiscreteIQL:
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), config.critic_lr, fused=True)
         self.value_optimizer = torch.optim.Adam(self.value.parameters(), config.value_lr, fused=True)
 
-    def value_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            q = self.chosen_q(self.target_critic, batch)  # [B]
+    def value_loss(self, batch: dict[str, Tensor], q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         value = self.value(batch["observations"]).squeeze(-1)  # [B]
         u = q - value
         loss = ((self.config.expectile - (u < 0).float()).abs() * u.square()).mean()  # (1)
         return loss, {"value/loss": loss.detach(), "value/mean": value.detach().mean()}
 
-    def actor_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def actor_loss(self, batch: dict[str, Tensor], q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            value = self.value(batch["observations"]).squeeze(-1)  # [B]
-            advantage = self.chosen_q(self.target_critic, batch) - value  # (2)
+            advantage = q - self.value(batch["observations"]).squeeze(-1)  # (2) [B]
             weight = (self.config.beta * advantage).exp().clamp(max=100)  # [B]
         log_pi = self.actor(batch["observations"]).log_softmax(-1)  # [B, A]
         loss = -(weight * log_pi.gather(-1, batch["actions"].unsqueeze(-1)).squeeze(-1)).mean()  # (3)
@@ -145,14 +142,20 @@ class DiscreteIQL:
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         self.updates += 1
         batch = self.encoder.encode_batch(batch)
-        loss, value_metrics = self.value_loss(batch)
+        q = self.target_q(batch)
+        loss, value_metrics = self.value_loss(batch, q)
         descend(self.value_optimizer, loss)
-        loss, actor_metrics = self.actor_loss(batch)
+        loss, actor_metrics = self.actor_loss(batch, q)
         descend(self.actor_optimizer, loss)
         loss, critic_metrics = self.critic_loss(batch)
         descend(self.critic_optimizer, loss)
         polyak(self.target_critic, self.critic, self.config.tau)  # (5)
         return critic_metrics | value_metrics | actor_metrics
+
+    @torch.no_grad()
+    def target_q(self, batch: dict[str, Tensor]) -> Tensor:
+        """Q'(s, a) [B] of the data's choices, for (1) and (2)."""
+        return self.chosen_q(self.target_critic, batch)
 
     def chosen_q(self, critic: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Q(s, a) [B] of the data's choices."""
@@ -227,7 +230,8 @@ def train(config: Config) -> None:
     references = known.get("ref_min_score", config.ref_min), known.get("ref_max_score", config.ref_max)
 
     learner = DiscreteIQL(config, encoder)
-    compiled = config.compile and compile_methods(learner, "value_loss", "actor_loss", "critic_loss")
+    methods = "target_q", "value_loss", "actor_loss", "critic_loss"
+    compiled = config.compile and compile_methods(learner, *methods)
     with run.start(learner, dataset_hash=dataset_hash, compiled=compiled, **provenance(device)):
         batches = draw_batches(data, config.batch_size, config.seed, learner.updates)
         numbers = range(learner.updates + 1, config.updates + 1)

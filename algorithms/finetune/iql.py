@@ -125,17 +125,14 @@ class OnlineIQL:
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), config.critic_lr, fused=True)
         self.value_optimizer = torch.optim.Adam(self.value.parameters(), config.value_lr, fused=True)
 
-    def value_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            q = self.target_critic(batch["observations"], batch["actions"]).amin(0)  # [B]
+    def value_loss(self, batch: dict[str, Tensor], q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         value = self.value(batch["observations"]).squeeze(-1)  # [B]
         u = q - value
         loss = ((self.config.expectile - (u < 0).float()).abs() * u.square()).mean()  # (1)
         return loss, {"value/loss": loss.detach(), "value/mean": value.detach().mean()}
 
-    def actor_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def actor_loss(self, batch: dict[str, Tensor], q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            q = self.target_critic(batch["observations"], batch["actions"]).amin(0)  # [B]
             advantage = q - self.value(batch["observations"]).squeeze(-1)  # (2) [B]
             weight = (self.config.beta * advantage).exp().clamp(max=100)  # [B]
         log_prob = self.actor.log_prob(batch["observations"], batch["actions"])  # [B]
@@ -152,14 +149,20 @@ class OnlineIQL:
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         self.updates += 1
-        loss, value_metrics = self.value_loss(batch)
+        q = self.target_q(batch)
+        loss, value_metrics = self.value_loss(batch, q)
         descend(self.value_optimizer, loss)
-        loss, actor_metrics = self.actor_loss(batch)
+        loss, actor_metrics = self.actor_loss(batch, q)
         descend(self.actor_optimizer, loss)
         loss, critic_metrics = self.critic_loss(batch)
         descend(self.critic_optimizer, loss)
         polyak(self.target_critic, self.critic, self.config.tau)  # (5)
         return critic_metrics | value_metrics | actor_metrics
+
+    @torch.no_grad()
+    def target_q(self, batch: dict[str, Tensor]) -> Tensor:
+        """min_i Q'_i(s, a) [B] of the data's actions, for (1) and (2)."""
+        return self.target_critic(batch["observations"], batch["actions"]).amin(0)
 
     @torch.inference_mode()
     def act(self, observations) -> np.ndarray:
@@ -279,7 +282,8 @@ def train(config: Config) -> None:
     buffer = OnlineBuffer(data, min(config.buffer_size, config.online_steps))
     learner.explorer, learner.buffer = explorer, buffer  # parts of the checkpoint
     last = config.updates + config.online_steps * config.updates_per_step
-    compiled = config.compile and compile_methods(learner, "value_loss", "actor_loss", "critic_loss")
+    methods = "target_q", "value_loss", "actor_loss", "critic_loss"
+    compiled = config.compile and compile_methods(learner, *methods)
     with run.start(learner, dataset_hash=dataset_hash, compiled=compiled, **provenance(device)):
         batches = draw_batches(data, config.batch_size, config.seed, learner.updates)
         for update in tqdm(range(learner.updates + 1, config.updates + 1), desc="offline", disable=None):

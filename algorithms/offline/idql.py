@@ -133,7 +133,7 @@ class IDQL:
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         self.updates += 1
-        loss, value_metrics = self.value_loss(batch)
+        loss, value_metrics = self.value_loss(batch, self.target_q(batch))
         descend(self.value_optimizer, loss)
         for half in (slice(0, None, 2), slice(1, None, 2)):
             loss, actor_metrics = self.actor_loss({name: rows[half] for name, rows in batch.items()})
@@ -145,9 +145,12 @@ class IDQL:
         polyak(self.target_critic, self.critic, self.config.tau)  # (6)
         return critic_metrics | value_metrics | actor_metrics
 
-    def value_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        with torch.no_grad():
-            q = self.target_critic(batch["observations"], batch["actions"]).amin(0)  # [B]
+    @torch.no_grad()
+    def target_q(self, batch: dict[str, Tensor]) -> Tensor:
+        """min_i Q'_i(s, a) [B] of the data's actions, for (1)."""
+        return self.target_critic(batch["observations"], batch["actions"]).amin(0)
+
+    def value_loss(self, batch: dict[str, Tensor], q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         value = self.value(batch["observations"]).squeeze(-1)  # [B]
         u = q - value
         loss = ((self.config.expectile - (u < 0).float()).abs() * u.square()).mean()  # (1)
@@ -289,7 +292,8 @@ def train(config: Config) -> None:
     references = known.get("ref_min_score", config.ref_min), known.get("ref_max_score", config.ref_max)
 
     learner = IDQL(config, scaler)
-    compiled = config.compile and compile_methods(learner, "value_loss", "critic_loss", "actor_loss")
+    methods = "target_q", "value_loss", "critic_loss", "actor_loss"
+    compiled = config.compile and compile_methods(learner, *methods)
     with run.start(learner, dataset_hash=dataset_hash, compiled=compiled, **provenance(device)):
         batches = draw_batches(data, config.batch_size, config.seed, learner.updates)
         numbers = range(learner.updates + 1, config.updates + 1)
