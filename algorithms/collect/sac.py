@@ -111,7 +111,7 @@ class SAC:
         self.actor = TanhGaussianActor(*size).to(device)
         self.critic = EnsembleCritic(*size).to(device)
         self.target_critic = copy.deepcopy(self.critic)
-        self.temperature = Temperature().to(device)
+        self.temperature = PositiveScalar().to(device)
         adam = partial(torch.optim.Adam, fused=True)
         self.actor_optimizer = adam(self.actor.parameters(), config.actor_lr)
         self.critic_optimizer = adam(self.critic.parameters(), config.critic_lr)
@@ -188,8 +188,8 @@ class TanhGaussianActor(nn.Module):
         return torch.tanh(x), (log_prob - log_slope).sum(-1)
 
 
-class Temperature(nn.Module):
-    """alpha > 0, learned through its logarithm."""
+class PositiveScalar(nn.Module):
+    """A number above 0, learned through its logarithm; 1 at first."""
 
     def __init__(self):
         super().__init__()

@@ -124,7 +124,7 @@ class CalQL:
         self.actor = TanhGaussianActor(obs_dim, act_dim, config.hidden_dim, config.hidden_layers).to(device)
         self.critic = EnsembleCritic(obs_dim, act_dim, config.hidden_dim, config.hidden_layers).to(device)
         self.target_critic = copy.deepcopy(self.critic)
-        self.temperature, self.multiplier = Temperature().to(device), Temperature().to(device)
+        self.temperature, self.multiplier = PositiveScalar().to(device), PositiveScalar().to(device)
         nn.init.constant_(self.multiplier.log, float(config.lagrange_gap is not None))  # e, or 1
         adam = partial(torch.optim.Adam, fused=True)
         self.actor_optimizer = adam(self.actor.parameters(), config.actor_lr)
@@ -216,8 +216,8 @@ class TanhGaussianActor(nn.Module):
         return torch.tanh(x), (log_prob - log_slope).sum(-1)
 
 
-class Temperature(nn.Module):
-    """alpha > 0, learned through its logarithm."""
+class PositiveScalar(nn.Module):
+    """A number above 0, learned through its logarithm; 1 at first."""
 
     def __init__(self):
         super().__init__()

@@ -127,7 +127,7 @@ class COMBO:
         obs_dim, act_dim, device = scaler.obs_dim, scaler.act_dim, scaler.mean.device
         self.actor = TanhGaussianActor(obs_dim, act_dim, config.hidden_dim, config.hidden_layers).to(device)
         self.critic = EnsembleCritic(obs_dim, act_dim, config.hidden_dim, config.hidden_layers).to(device)
-        self.target_critic, self.temperature = copy.deepcopy(self.critic), Temperature().to(device)
+        self.target_critic, self.temperature = copy.deepcopy(self.critic), PositiveScalar().to(device)
         sizes = obs_dim, act_dim, config.model_hidden_dim, config.ensemble, config.elites
         self.model = DynamicsEnsemble(*sizes).to(device)
         self.best_layers = copy.deepcopy(self.model.layers)  # each member's, of its best epoch so far
@@ -227,8 +227,8 @@ class TanhGaussianActor(nn.Module):
         return torch.tanh(x), (log_prob - log_slope).sum(-1)
 
 
-class Temperature(nn.Module):
-    """alpha > 0, learned through its logarithm."""
+class PositiveScalar(nn.Module):
+    """A number above 0, learned through its logarithm; 1 at first."""
 
     def __init__(self):
         super().__init__()
