@@ -20,9 +20,10 @@ from test_learning import strides  # noqa: F401
 
 pytest_plugins = ["runs"]
 SCRIPTS = {name: load_script(f"finetune/{name}.py") for name in FINETUNE}
-OFFLINE_HALF = ["awac", "cql", "iql"]  # those that may start from a run of offline/
+OFFLINE_HALF = ["awac", "cql", "iql", "rebrac"]  # those that may start from a run of offline/
 UPDATES, STEPS, RANDOM, PER_STEP = 20, 45, 6, 2
-STEPS_OF = {name: STEPS - (RANDOM if name == "rlpd" else 0) for name in FINETUNE}  # with updates after them
+LATE = ["rlpd", "wsrl"]  # those that make some steps before the first update of the online phase
+STEPS_OF = {name: STEPS - (RANDOM if name in LATE else 0) for name in FINETUNE}  # with updates after them
 LAST = {name: UPDATES + PER_STEP * steps for name, steps in STEPS_OF.items()}
 
 
@@ -40,6 +41,7 @@ def words(name: str, dataset: str, folder: Path, **fields) -> list[str]:
     """The command line of a run of a second."""
     sizes = {"hidden_dim": 8, "batch_size": 16, "updates": UPDATES, "online_steps": STEPS}
     sizes |= {"updates_per_step": PER_STEP, "eval_episodes": 2, "final_eval_episodes": 3, "buffer_size": 40}
+    sizes |= {"vae_updates": 2, "vae_hidden_dim": 8, "decay_steps": STEPS, "warmup_steps": RANDOM}
     sizes |= {"random_steps": RANDOM, "critics": 3, "cql_actions": 2, "eval_every": 15, "log_every": 10}
     plain = {"checkpoint_every": 12, "compile": "false", "device": "cpu", "threads": 1}
     plain |= {"wandb_mode": "disabled", "output_dir": folder, "dataset": dataset}
@@ -255,11 +257,14 @@ def test_a_finished_run_prints_its_score_and_does_nothing(tune, whole, brief, tm
 
 @pytest.mark.parametrize("name", FINETUNE)
 def test_optimisers_keep_their_state_at_the_switch(whole, brief, name):
-    """Adam has counted the updates of both phases; RLPD's actor makes one a step."""
+    """Adam has counted the updates of both phases; the actors of RLPD and, online, of WSRL make one a step,
+    those of TD3's kind one in two updates. SPOT begins anew at the switch.
+    """
     state = checkpoint(place(whole, name, brief))["state"]
-    wanted = {"critic_optimizer": LAST[name], "actor_optimizer": LAST[name]}
-    if name == "rlpd":
-        wanted["actor_optimizer"] = UPDATES // PER_STEP + STEPS_OF[name]
+    critic = LAST[name] - (UPDATES if name == "spot" else 0)
+    actor = {"rebrac": critic // 2, "spot": critic // 2, "rlpd": UPDATES // PER_STEP + STEPS_OF[name]}
+    actor["wsrl"] = UPDATES + STEPS_OF[name]
+    wanted = {"critic_optimizer": critic, "actor_optimizer": actor.get(name, critic)}
     for optimizer, count in wanted.items():
         assert {int(entry["step"]) for entry in state[optimizer]["state"].values()} == {count}
 
@@ -410,7 +415,7 @@ def test_a_restored_buffer_is_the_same(added):
 
 
 @pytest.mark.parametrize(("fraction", "online"), [(0.5, 128), (0.25, 64), (1.0, 256), (0.0, 0)])
-@pytest.mark.parametrize("name", FINETUNE)
+@pytest.mark.parametrize("name", [name for name in FINETUNE if name != "wsrl"])  # which keeps no data
 def test_the_shares_of_a_batch(name, fraction, online):
     """128 of 256 from either side: rewards of the buffer are 0 or more, those of the data are not."""
     script = SCRIPTS[name]
@@ -634,10 +639,10 @@ def test_help_names_every_field(tune, name):
 
 @pytest.mark.parametrize("name", FINETUNE)
 def test_a_folder_of_another_config_names_the_fields(tune, whole, brief, name):
-    status, _, err = tune(name, *words(name, brief, whole, online_steps=50, online_fraction=0.25))
+    status, _, err = tune(name, *words(name, brief, whole, online_steps=50, discount=0.5))
     assert (status, err.count("\n")) == (2, 1)
     assert f"online_steps {STEPS} -> 50" in err
-    assert "online_fraction 0.5 -> 0.25" in err
+    assert "discount 0.99 -> 0.5" in err
 
 
 # ------------------------------------------- every field counts -------------------------------------------
@@ -646,6 +651,7 @@ FREE = {"device", "threads", "log_every", "checkpoint_every", "wandb_mode", "wan
 LEFT = FREE | {"variant", "compile", "precision", "environment", "start_from", "dataset"}  # of the toolbox
 EVALUATION = {"ref_min", "ref_max", "eval_every", "eval_episodes", "final_eval_episodes"}
 OTHER = {"hidden_layers": 1, "lagrange_gap": 5.0, "random_steps": 3, "target_critics": 1, "buffer_size": 5}
+OTHER |= {"warmup_steps": 3, "decay_to": 0.9}
 
 
 @pytest.mark.parametrize("name", FINETUNE)
@@ -679,6 +685,8 @@ def test_every_field_changes_something(tune, brief, tmp_path, name):
 # whose learner is a script's of offline/, word for word, are tried there.
 LEARNING = {
     "iql": {"expectile": 0.9},
+    "spot": {"vae_updates": 100},
+    "wsrl": {"online_steps": 200, "warmup_steps": 50, "updates_per_step": 2, "critics": 4, "cql_weight": 0.1},
     "rlpd": {"updates": 0, "online_steps": 600, "random_steps": 200, "updates_per_step": 2, "critics": 4},
 }
 
