@@ -152,7 +152,7 @@ def label(config: Config) -> None:
         raise UserError(f"fill: {config.fill!r} is not zero or minimum")
     log = load_dataset(config.source)
     good = load_dataset(config.demonstrations) if config.demonstrations else log
-    check_spaces(config, log, good)
+    check_kinds(config, log, good)
     demonstrations = choose_best(config, list(good.iterate_episodes()))
     recipe = {name: value for name, value in vars(config).items() if name != "dataset"}
     recipe["source_hash"] = content_hash(log)
@@ -188,7 +188,7 @@ def label(config: Config) -> None:
     print(words)
 
 
-def check_spaces(config: Config, log: minari.MinariDataset, good: minari.MinariDataset) -> None:
+def check_kinds(config: Config, log: minari.MinariDataset, good: minari.MinariDataset) -> None:
     """An error where demonstrations are of another kind than the log, or otr has no vectors to compare."""
     kinds = [vector_shapes(dataset.observation_space) for dataset in (log, good) if config.method == "otr"]
     if config.method == "uds":
