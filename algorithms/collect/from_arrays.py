@@ -860,7 +860,7 @@ def import_log(config: Config) -> None:
         known["heldout"] = {"share": config.heldout, "seed": config.seed, "datasets": list(parts)}
     written = {}
     try:
-        for name, part in parts.items():
+        for name, part in reversed(parts.items()):  # where the dataset is, its held-out part is too
             written[name] = write_dataset(
                 name,
                 part,
@@ -875,7 +875,7 @@ def import_log(config: Config) -> None:
         for name in written:  # both or none
             minari.delete_dataset(name)
         raise
-    for name, metadata in written.items():
+    for name, metadata in reversed(written.items()):
         terminated = sum(episode.terminations[-1] for episode in parts[name])
         print(
             f"{name}: {metadata['total_steps']:,} steps in {metadata['total_episodes']:,} episodes,"
