@@ -466,7 +466,7 @@ SEEN, DONE = np.zeros((3, 4)), np.zeros((2, 2), np.float32)
 SQUARE = gym.spaces.Box(0, 1, (2, 2), np.float32)
 DOUBLE = np.array([[0, 2], [1, 1]])
 SPACES = {
-    "actions in Discrete(3)": (None, gym.spaces.MultiDiscrete([3, 3]), SEEN, DOUBLE),
+    "actions in MultiDiscrete([3 3])": (None, gym.spaces.MultiDiscrete([3, 3]), SEEN, DOUBLE),
     "actions in Box(0.0, 1.0, (2, 2)": (None, SQUARE, SEEN, np.zeros((2, 2, 2), np.float32)),
     "observations in Box(0.0, 1.0, (2, 2)": (SQUARE, BOX, np.zeros((3, 2, 2), np.float32), DONE),
     "observations in Discrete(3)": (gym.spaces.Discrete(3), BOX, np.zeros(3, np.int64), DONE),

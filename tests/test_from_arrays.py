@@ -785,10 +785,6 @@ TEXTS = {
     "semicolons": (HEADER.replace(",", ";"), "parted by semicolons"),
     "formulas": (HEADER + "1,=cmd|a,1,0,0\n1,b,1,0,0\n", "row 0 (line 2): action_0 is the formula =cmd|a"),
     "decimal commas": (HEADER + "".join(f'1,"{i},5",1,0,0\n' for i in range(101)), "101 different words"),
-    "many combinations": (
-        "action_1," + HEADER + "".join(f"{i % 11},1,{i % 10},1,0,0\n" for i in range(110)),
-        "110 combinations; at most 100",
-    ),
     "a date": (HEADER + "2026-01-01,1,1,0,0\n2,1,1,0,0\n", "observation_0 is 2026-01-01, not a number"),
 }
 

@@ -86,17 +86,17 @@ def test_costs():
 
 @pytest.mark.equation(5)
 def test_rewards_of_an_episode_beside_a_demonstration():
-    """Three steps and two: each step has mass 1/3, so at least one is shared between the two."""
-    seen = np.array([[1.0, 0.2, 0.0], [0.3, 1.0, -0.4], [-1.0, 0.5, 2.0]])
+    """Five steps and two: each step has mass 1/5, so one is shared between the two."""
+    seen = np.array([[1.0, 0.2, 0.0], [0.3, 1.0, -0.4], [-1.0, 0.5, 2.0], [2.0, 1.0, 1.0], [0.1, -1.0, 1.0]])
     shown = np.array([[0.0, 1.0, 0.1], [1.0, 0.0, 1.0]])
     norms = np.linalg.norm(seen, axis=1)[:, None] * np.linalg.norm(shown, axis=1)
     costs = 1 - seen @ shown.T / norms
-    f = np.zeros(3)
+    f = np.zeros(5)
     for _ in range(100):
         g = -np.log(2) - logsumexp(f[:, None] - costs / 0.01, axis=0)
-        f = -np.log(3) - logsumexp(g - costs / 0.01, axis=1)
+        f = -np.log(5) - logsumexp(g - costs / 0.01, axis=1)
     plan = np.exp(f[:, None] + g - costs / 0.01)
-    wanted = 5 * np.exp(-5 * 3 / 3 * (plan * costs).sum(1))
+    wanted = 5 * np.exp(-5 * 5 / 3 * (plan * costs).sum(1))
     np.testing.assert_allclose(script.transport_rewards(seen, shown), wanted, rtol=1e-9)
 
 
