@@ -464,8 +464,9 @@ def test_what_is_not_there(words, said, store, call, tmp_path):
 
 SEEN, DONE = np.zeros((3, 4)), np.zeros((2, 2), np.float32)
 SQUARE = gym.spaces.Box(0, 1, (2, 2), np.float32)
+DOUBLE = np.array([[0, 2], [1, 1]])
 SPACES = {
-    "actions in Discrete(3)": (None, gym.spaces.Discrete(3), SEEN, np.array([0, 2])),
+    "actions in MultiDiscrete([3 3])": (None, gym.spaces.MultiDiscrete([3, 3]), SEEN, DOUBLE),
     "actions in Box(0.0, 1.0, (2, 2)": (None, SQUARE, SEEN, np.zeros((2, 2, 2), np.float32)),
     "observations in Box(0.0, 1.0, (2, 2)": (SQUARE, BOX, np.zeros((3, 2, 2), np.float32), DONE),
     "observations in Discrete(3)": (gym.spaces.Discrete(3), BOX, np.zeros(3, np.int64), DONE),
@@ -541,3 +542,79 @@ def test_the_status_and_the_line_reach_the_shell(root, tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     assert done.stderr.startswith("datasets.py: nowhere-v0 is not on this machine")
+
+
+# ------------------------------------- logs: names, choices, drift -------------------------------------
+
+
+def choosing(numbers: list[int], rewards: list[float]) -> EpisodeBuffer:
+    steps = len(numbers)
+    return EpisodeBuffer(
+        observations=np.arange(2.0 * steps + 2).reshape(-1, 2),
+        actions=np.array(numbers, np.int64),
+        rewards=np.array(rewards),
+        terminations=np.arange(steps) == steps - 1,
+        truncations=np.zeros(steps, bool),
+        infos={},
+    )
+
+
+def drifting() -> list[EpisodeBuffer]:
+    """Six episodes: two pairs choose 1 and earn 1 a step, the last pair chooses 2 and earns 4."""
+    early = [choosing([1, 1, 0], [1, 1, 1]), choosing([1, 1], [1, 1])]
+    return [*early, *early, choosing([2, 2, 2, 2], [4, 4, 4, 4]), choosing([2, 2, 2, 2], [4, 4, 4, 4])]
+
+
+@QUICK
+def test_a_card_of_choices_with_their_names_and_drift(store, call, tmp_path):
+    dataset = store(drifting(), actions=gym.spaces.Discrete(3))
+    names = {"action_names": ["<b>shut|off</b>", "half_open", "[x](y)"], "action_columns": ["valve"]}
+    dataset.storage.update_metadata({**names, "observation_columns": ["temperature", "shift=night"]})
+    assert call(ID)[0] == 0
+    text = (tmp_path / f"cards/{ID}.md").read_text()
+    found = tables(tmp_path)
+    assert "<b>" not in text
+    assert found["&lt;b&gt;shut\\|off&lt;/b&gt;"] == ["2", "11.11%"]
+    assert found["half\\_open"] == ["8", "44.44%"]
+    assert found["\\[x\\](y)"] == ["8", "44.44%"]
+    assert found["Actions"] == ["3 choices"]
+    assert found["Observed"] == ["temperature, shift=night"]
+    assert found["Acted on"] == ["valve"]
+    returns = np.array([3, 2, 3, 2, 16, 16])
+    first, middle, last, moved = found["mean return"]
+    assert [float(first), float(middle), float(last)] == [2.5, 2.5, 16]
+    assert moved == f"**{(16 - 2.5) / returns.std():+.2f}**"
+    rewards = np.repeat([1, 4], [10, 8])
+    assert found["mean reward"] == ["1", "1", "4", f"**{3 / rewards.std():+.2f}**"]
+    share = np.repeat([0, 1], [10, 8])
+    assert found["mean action \\[x\\](y)"] == ["0", "0", "1", f"**{1 / share.std():+.2f}**"]
+    assert found["mean length"][:3] == ["2.5", "2.5", "4"]
+
+
+@QUICK
+def test_what_does_not_drift_is_not_in_bold(store, call, tmp_path):
+    store([walk(30) for _ in range(30)])
+    assert call(ID)[0] == 0
+    found = tables(tmp_path)
+    assert {"mean return", "mean action 0", "mean action 1"} <= {*found}
+    assert "**" not in (tmp_path / f"cards/{ID}.md").read_text()
+
+
+@QUICK
+def test_two_episodes_have_no_drift(store, call, tmp_path):
+    store([walk(5), walk(5)])
+    assert call(ID)[0] == 0
+    assert "Drift" not in (tmp_path / f"cards/{ID}.md").read_text()
+
+
+@QUICK
+def test_entries_of_actions_have_the_names_of_their_columns(store, call, tmp_path):
+    store([walk(5)]).storage.update_metadata({"action_columns": ["force", "torque"]})
+    assert call(ID)[0] == 0
+    assert {"force", "torque"} <= {*tables(tmp_path)}
+
+
+def test_choices_are_drawn(store, call, tmp_path):
+    store(drifting(), actions=gym.spaces.Discrete(3))
+    assert call(ID)[0] == 0
+    assert np.ptp(picture(tmp_path)) > 0

@@ -317,17 +317,323 @@ def test_metadata(imported, tmp_path):
     assert digest.hexdigest() in out
 
 
-def test_whole_numbers_are_actions_if_there_are_bounds_or_two_columns(imported, refused):
+def test_whole_numbers_are_quantities_if_there_are_bounds_or_vectors(imported):
     log = make_log()
     log["actions"] = np.arange(8)[:, None]
-    line = refused(log)
-    assert "discrete actions" in line
-    assert "--action_low" in line
     dataset, _, _ = imported(log, "npz", "--action_low", "0", "--action_high", "9")
     assert dataset.action_space.high == [9]
     minari.delete_dataset("my/logs-v0")
+    assert imported(log, "npz", "--choices", "numbers")[0].action_space.high == [7]
+    minari.delete_dataset("my/logs-v0")
     log["actions"] = np.repeat(log["actions"], 2, 1)
     assert imported(log)[0].action_space.shape == (2,)
+
+
+# Choices
+
+
+def make_table(**columns) -> pd.DataFrame:
+    """The log of make_log as a table of one observation, with these columns in place of its own."""
+    log = make_log()
+    own = {"observation_0": log["observations"][:, 0], "action_0": log["actions"][:, 0]}
+    own |= {name: log[f"{name}s"] for name in ("reward", "termination", "truncation")}
+    return pd.DataFrame({**own, **columns})
+
+
+@pytest.fixture
+def tabled(call, tmp_path):
+    """tabled(table, ...): the table as a .csv, imported: dataset, episodes and what was printed."""
+
+    def run(table: pd.DataFrame, *arguments: str):
+        table.to_csv(tmp_path / "log.csv", index=False)
+        status, out, err = call(tmp_path / "log.csv", *arguments)
+        assert (status, err) == (0, "")
+        dataset = minari.load_dataset("my/logs-v0")
+        return dataset, list(dataset.iterate_episodes()), out
+
+    return run
+
+
+def reads(episodes: list, field: str) -> list:
+    return np.concatenate([getattr(episode, field) for episode in episodes]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("cells", "names", "numbers"),
+    [
+        ([*"bbaccbab"], ["a", "b", "c"], [1, 1, 0, 2, 2, 0]),
+        ([10, 10, 2, 33, 33, 10, 2, 10], ["2", "10", "33"], [1, 1, 0, 2, 2, 0]),
+        ([True, True, False, True, True, True, False, True], ["0", "1"], [1, 1, 0, 1, 1, 0]),
+    ],
+)
+def test_one_column_of_words_or_whole_numbers_is_a_choice(tabled, cells, names, numbers):
+    dataset, episodes, out = tabled(make_table(action_0=cells))
+    assert dataset.action_space == gym.spaces.Discrete(len(names))
+    assert reads(episodes, "actions") == numbers  # rows 5 and 7 are lost
+    assert episodes[0].actions.dtype == np.int64
+    assert dataset.storage.metadata["action_names"] == names
+    assert dataset.storage.metadata["action_columns"] == ["action_0"]
+    assert f"choices: {len(names)}, {', '.join(names)}" in out
+
+
+def test_choices_in_several_columns_are_asked_for(tabled, refused, tmp_path):
+    table = make_table(action_0=[*"bbaabbab"]).assign(action_1=[10, 9, 9, 9, 10, 10, 9, 10])
+    table.to_csv(tmp_path / "log.csv", index=False)
+    line = refused(tmp_path / "log.csv")
+    assert "choices in several columns, action_0, action_1; --choices joint" in line
+    assert "--choices numbers" not in line  # words are no numbers
+    dataset, episodes, _ = tabled(table, "--choices", "joint")
+    names = ["action_0=a, action_1=9", "action_0=b, action_1=9", "action_0=b, action_1=10"]
+    assert dataset.storage.metadata["action_names"] == names
+    assert dataset.storage.metadata["action_columns"] == ["action_0", "action_1"]
+    assert reads(episodes, "actions") == [2, 1, 0, 0, 2, 0]
+    minari.delete_dataset("my/logs-v0")
+    whole = table.assign(action_0=[1, 1, 0, 0, 1, 1, 0, 1])
+    dataset, episodes, _ = tabled(whole, "--choices", "numbers")
+    assert dataset.action_space.high.tolist() == [1, 10]
+
+
+def test_choices_and_quantities_do_not_mix(refused, tmp_path):
+    table = make_table().assign(action_1=[*"bbaabbab"])
+    table.to_csv(tmp_path / "log.csv", index=False)
+    assert "action_1 holds words, where actions should be numbers" in refused(tmp_path / "log.csv")
+
+
+def test_observed_words_become_entries(tabled):
+    words = ["night", "day", "day", "late", "late", "night", "day", "night"]
+    table = make_table(shift=words).assign(next_shift=[*words[1:], "closed"])
+    names = ("--observations", "shift observation_0")
+    dataset, episodes, _ = tabled(table, *names)
+    titles = ["shift=day", "shift=late", "shift=night", "observation_0"]
+    assert dataset.storage.metadata["observation_columns"] == titles
+    assert episodes[1].observations[:, :3].tolist() == [[0, 1, 0], [0, 1, 0], [0, 0, 1]]
+    np.testing.assert_array_equal(episodes[1].observations[:, 3], table["observation_0"][3:6])
+    minari.delete_dataset("my/logs-v0")
+    names = ("--observations", "shift", "--next_observations", "next_shift")  # a word that comes last
+    dataset, episodes, _ = tabled(table, *names)
+    titles = [f"shift={word}" for word in ("closed", "day", "late", "night")]
+    assert dataset.storage.metadata["observation_columns"] == titles
+    assert episodes[2].observations.tolist() == [[0, 1, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0]]
+
+
+def test_an_environment_with_choices(imported, refused):
+    log = make_log()
+    log["observations"] = np.ones((8, 4))
+    log["actions"] = np.array([0, 1, 1, 0, 1, 0, 0, 2])
+    assert "row 7: actions are [2.], where the environment's are Discrete(2)" in refused(
+        log, "npz", "--environment", "CartPole-v1"
+    )
+    log["actions"][:] = 1
+    dataset, episodes, _ = imported(log, "npz", "--environment", "CartPole-v1")
+    assert (dataset.env_spec.id, dataset.action_space) == ("CartPole-v1", gym.spaces.Discrete(2))
+    assert reads(episodes, "actions") == [1] * 6  # the number that it has there, though it is alone
+    assert dataset.storage.metadata["action_names"] == ["0", "1"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_names_of_columns_are_in_the_metadata(imported, form):
+    metadata = imported(make_log(), form)[0].storage.metadata
+    marks = ("[{}]" if form == "npz" else "_{}").format
+    observed, done = ("observations", "actions") if form == "npz" else ("observation", "action")
+    assert metadata["observation_columns"] == [f"{observed}{marks(i)}" for i in range(2)]
+    assert metadata["action_columns"] == [f"{done}{marks(i)}" for i in range(3)]
+    assert "action_names" not in metadata
+
+
+def test_propensities_are_where_the_evaluations_look(tabled):
+    likely = np.linspace(0.2, 0.9, 8)
+    _, episodes, _ = tabled(make_table(action_0=[*"bbaabbab"], propensity=likely))
+    for episode, rows in zip(episodes, ([0, 1, 2], [3, 4], [6]), strict=True):
+        np.testing.assert_allclose(episode.infos["propensity"], likely[rows])
+
+
+# Missing values
+
+
+def gappy(*holes: tuple[int, str]) -> pd.DataFrame:
+    table = make_table().assign(observation_1=np.arange(8.0) * 10)
+    for row, name in holes:
+        table[name] = table[name].astype(object)
+        table.loc[row, name] = None
+    return table
+
+
+def test_missing_values_are_counted_by_column_and_refused(refused, tmp_path):
+    holes = [(4, "observation_1"), (7, "observation_1"), (7, "reward"), (6, "truncation")]
+    gappy(*holes).to_csv(tmp_path / "log.csv", index=False)
+    line = refused(tmp_path / "log.csv")
+    assert "row 4 (line 6): observation_1 is missing" in line
+    assert "observation_1 2, reward 1, truncation 1" in line
+    assert "--missing drop leaves out their episodes, 2 of 3" in line
+
+
+def test_missing_values_may_leave_out_their_episodes(tabled):
+    table = gappy((4, "observation_1"), (7, "reward"))
+    _, (episode,), out = tabled(table, "--missing", "drop")
+    np.testing.assert_array_equal(episode.rewards, table["reward"][:3].astype(float))
+    assert "missing values by column: observation_1 1, reward 1\n" in out
+    assert "episodes left out, as a value is missing in them: 2\n" in out
+
+
+def test_without_a_flag_both_episodes_that_it_may_part_are_left_out(tabled):
+    _, (episode,), _ = tabled(gappy((2, "termination")), "--missing", "drop")
+    np.testing.assert_array_equal(episode.observations[:, 1], [60, 70])
+
+
+def test_missing_observations_may_be_carried_on(tabled):
+    """Not across episodes, and neither actions nor rewards: rows 3 and 7 have nothing to stand for them."""
+    table = gappy((1, "observation_1"), (2, "observation_1"), (3, "observation_1"), (7, "action_0"))
+    _, (episode,), out = tabled(table, "--missing", "carry")
+    assert episode.observations[:, 1].tolist() == [0, 0, 0, 0]
+    assert "rows mended by what was last observed in their episodes: 2\n" in out
+    assert "episodes left out, as a value is missing in them: 2\n" in out
+
+
+def test_what_was_seen_after_a_step_stands_for_what_is_seen_before_the_next(imported):
+    log = make_log()
+    log["next_observations"] = np.append(log["observations"][1:], [[80.0, 81.0]], 0)
+    whole = log["observations"].copy(), log["next_observations"].copy()
+    log["observations"][1] = log["next_observations"][3] = np.nan  # the other one is known
+    log["observations"][7] = log["next_observations"][6] = np.nan  # neither is
+    log["next_observations"][7] = np.nan
+    _, episodes, _ = imported(log, "npz", "--missing", "carry")
+    np.testing.assert_array_equal(episodes[0].observations[:3], whole[0][:3])
+    np.testing.assert_array_equal(episodes[1].observations[:3], whole[0][3:6])
+    np.testing.assert_array_equal(episodes[2].observations, whole[0][[6, 6, 6]])
+
+
+def test_missing_words_and_choices(tabled):
+    table = make_table(action_0=[*"bbaabba", None], shift=["x", None, "y", "x", "y", "x", "y", "y"])
+    names = ("--observations", "shift", "--missing", "carry")
+    dataset, episodes, _ = tabled(table, *names)
+    assert len(episodes) == 2  # row 7 has no action
+    assert episodes[0].observations.tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
+    assert dataset.storage.metadata["action_names"] == ["a", "b"]
+    minari.delete_dataset("my/logs-v0")
+    _, episodes, _ = tabled(table, "--observations", "shift", "--missing", "drop")
+    assert reads(episodes, "actions") == [0, 1]  # a and b keep their numbers
+
+
+# Time
+
+
+def timed() -> pd.DataFrame:
+    """Episode 1 begins before episode 0 and lies between its rows; rows are shuffled."""
+    table = make_table(episode_id=[0, 0, 0, 1, 1, 1, 1, 1], timestamp=[50, 60, 70, 0, 10, 20, 60, 65])
+    table["truncation"] = False
+    return table.iloc[[6, 0, 3, 2, 7, 1, 5, 4]]
+
+
+def test_times_and_ids_put_rows_in_order(tabled):
+    _, episodes, out = tabled(timed())
+    assert [episode.rewards.tolist() for episode in episodes] == [[3.5, 4.5, 5.5, 6.5], [0.5, 1.5, 2.5]]
+    assert [episode.terminations[-1] for episode in episodes] == [False, True]
+    assert "gaps in time, steps of up to 40 where 10 is usual, kept as they are" in out
+
+
+def test_gaps_may_cut_episodes(tabled):
+    _, episodes, out = tabled(timed(), "--gaps", "cut")
+    assert [episode.rewards.tolist() for episode in episodes] == [[3.5, 4.5], [6.5], [0.5, 1.5, 2.5]]
+    assert "each the end of an episode now: 1\n" in out
+
+
+def test_times_may_be_dates(tabled):
+    table = timed()
+    dates = pd.Timestamp("2026-03-28 23:00:00+01:00") + pd.to_timedelta(table["timestamp"], "min")
+    table["timestamp"] = dates.map(lambda date: date.isoformat())
+    _, episodes, out = tabled(table)
+    assert [episode.rewards.tolist() for episode in episodes] == [[3.5, 4.5, 5.5, 6.5], [0.5, 1.5, 2.5]]
+    assert "steps of up to 2400 where 600 is usual" in out  # seconds
+
+
+def test_times_without_gaps_are_said_so(tabled):
+    table = make_table(timestamp=np.arange(8) * 2)
+    assert "time of a step: 2, and no gaps\n" in tabled(table)[2]
+
+
+@pytest.mark.parametrize(
+    ("time", "words"),
+    [
+        (60, "row 0 (line 2): the next row of its episode has the same time"),
+        ("soon", "row 3 (line 5): timestamp is soon, not a number"),
+        ("", "row 3 (line 5): timestamp is nan, neither a number nor a date"),
+    ],
+)
+def test_times_that_do_not_fit(refused, tmp_path, time, words):
+    """The last row of episode 0, which is row 3 of the file, the one before it row 0."""
+    table = make_table(episode_id=[0, 0, 0, 1, 1, 1, 1, 1], timestamp=[50, 60, 70, 0, 10, 20, 60, 65])
+    table = table.assign(truncation=False, timestamp=table["timestamp"].astype(object))
+    table.loc[2, "timestamp"] = time
+    table.iloc[[1, 0, 3, 2, 4, 5, 6, 7]].to_csv(tmp_path / "log.csv", index=False)
+    assert words in refused(tmp_path / "log.csv")
+
+
+# Ends, rewards, a part held out
+
+
+def test_a_lost_termination_is_warned_of(tabled):
+    table = make_table(termination=False, episode_id=[0, 0, 0, 1, 1, 2, 2, 2]).assign(truncation=False)
+    assert "WARNING: no episode terminates" in tabled(table)[2]
+    minari.delete_dataset("my/logs-v0")
+    table.loc[2, "termination"] = True
+    assert "WARNING: 1 of 3 episodes end without a flag and before the longest one" in tabled(table)[2]
+    minari.delete_dataset("my/logs-v0")
+    table.loc[4, "truncation"] = True
+    assert "WARNING" not in tabled(table)[2]
+
+
+def test_a_log_without_rewards_or_terminations(tabled):
+    table = make_table().drop(columns=["reward", "termination"])
+    _, episodes, out = tabled(table, "--rewards", "none", "--terminations", "none")
+    assert reads(episodes, "rewards") == [0] * 6
+    assert not any(reads(episodes, "terminations"))
+    assert "WARNING: no episode terminates" in out
+
+
+def many() -> pd.DataFrame:
+    rows = np.arange(60)
+    table = pd.DataFrame({"observation_0": rows, "action_0": rows / 7, "reward": rows})
+    return table.assign(termination=rows % 3 == 2, truncation=False)
+
+
+def test_a_share_of_the_episodes_is_held_out(tabled):
+    dataset, episodes, out = tabled(many(), "--heldout", "0.25", "--seed", "3")
+    other = minari.load_dataset("my/logs-heldout-v0")
+    held = list(other.iterate_episodes())
+    assert (len(episodes), len(held)) == (15, 5)
+    assert sorted(reads(episodes, "rewards") + reads(held, "rewards")) == list(range(60))
+    for part in (episodes, held):
+        assert reads(part, "rewards") == sorted(reads(part, "rewards"))  # in the order of the log
+    assert reads(held, "rewards") != list(range(45, 60))  # drawn, not the last
+    assert dataset.action_space == other.action_space
+    assert "my/logs-heldout-v0: 15 steps in 5 episodes" in out
+    for metadata in (dataset.storage.metadata, other.storage.metadata):
+        wanted = {"share": 0.25, "seed": 3, "datasets": ["my/logs-v0", "my/logs-heldout-v0"]}
+        assert metadata["heldout"] == wanted
+        assert metadata["observation_columns"] == ["observation_0"]
+    first = reads(held, "rewards")
+    for seed, same in ((3, True), (4, False)):
+        minari.delete_dataset("my/logs-v0")
+        minari.delete_dataset("my/logs-heldout-v0")
+        tabled(many(), "--heldout", "0.25", "--seed", f"{seed}")
+        held = list(minari.load_dataset("my/logs-heldout-v0").iterate_episodes())
+        assert (reads(held, "rewards") == first) == same
+
+
+def test_both_parts_are_written_or_none(call, root, tmp_path, monkeypatch):
+    many().to_csv(tmp_path / "log.csv", index=False)
+    true, calls = from_arrays.content_hash, []
+
+    def full(dataset):
+        calls.append(dataset)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return true(dataset)
+
+    monkeypatch.setattr(from_arrays, "content_hash", full)
+    status, _, err = call(tmp_path / "log.csv", "--heldout", "0.25")
+    assert (status, "No space left" in err) == (2, True)
+    assert list(root.rglob("*.hdf5")) == []
 
 
 # What it refuses
@@ -358,7 +664,7 @@ def follow(row, value):
 
 
 ROWS = {  # fault, row, words
-    "nan": (change("observations", (4, 1), np.nan), 4, "nan"),
+    "nan": (change("observations", (4, 1), np.nan), 4, "is missing (in all rows: "),
     "inf": (change("rewards", 7, np.inf), 7, "reward"),
     "too large for float32": (change("actions", (3, 2), 1e39), 3, "1e+39"),
     "flag": (change("terminations", 6, 2, int), 6, "2, neither 0 nor 1"),
@@ -385,11 +691,12 @@ def test_a_bad_row_is_named(refused, form, name):
     ("column", "cell", "words"),
     [
         ("observation_1", "abc", "observation_1 is abc"),
-        ("observation_1", "", "observation_1 is nan"),
+        ("observation_1", "", "observation_1 is missing"),
+        ("observation_1", "=SUM(B2:B4)", "observation_1 is the formula =SUM(B2:B4), not a number"),
         ("action_2", "1;5", "action_2 is 1;5"),
         ("reward", "inf", "reward is inf"),
         ("termination", "maybe", "termination is maybe"),
-        ("truncation", "", "truncation is nan"),
+        ("truncation", "", "truncation is missing"),
     ],
 )
 def test_a_bad_cell_of_a_csv_is_named(refused, tmp_path, column, cell, words):
@@ -468,12 +775,17 @@ TEXTS = {
     "header alone": (HEADER, "no rows"),
     "long row": (HEADER + "0.5,0.5,1,0,0\n0.5,0.5,1,0,0,7\n", "line 3"),
     "long rows": (HEADER + "0,5,0.5,1,0,0\n", "Length of header"),
-    "short row": (HEADER + "0.5,0.5,1,0,0\n0.5,0.5,1,0\n", "row 1 (line 3): truncation is nan"),
+    "short row": (HEADER + "0.5,0.5,1,0,0\n0.5,0.5,1,0\n", "row 1 (line 3): truncation is missing"),
     "no header": ("0.5,0.4,1,0,2\n", "no observations"),
     "twice": (HEADER.replace("action_0", "reward") + "0.5,0.5,1,0,0\n", "the header, has reward twice"),
     "gap": ("observation_2," + HEADER + "1,1,.5,1,0,0\n", "choose the observations"),
     "late": (HEADER.replace("n_0", "n_5", 1) + "1,.5,1,0,0\n", "choose the observations"),
-    "not text": (b"\xff\xfe\x00", "cannot be read"),
+    "not text": (b"\xff\xfe\x00", "cannot be read as UTF-8"),
+    "another encoding": (HEADER.replace("n_0", "n_\xe4", 1).encode("latin-1"), "save it as UTF-8, or: iconv"),
+    "semicolons": (HEADER.replace(",", ";"), "parted by semicolons"),
+    "formulas": (HEADER + "1,=cmd|a,1,0,0\n1,b,1,0,0\n", "row 0 (line 2): action_0 is the formula =cmd|a"),
+    "decimal commas": (HEADER + "".join(f'1,"{i},5",1,0,0\n' for i in range(101)), "101 different words"),
+    "a date": (HEADER + "2026-01-01,1,1,0,0\n2,1,1,0,0\n", "observation_0 is 2026-01-01, not a number"),
 }
 
 
@@ -513,7 +825,12 @@ def test_files_that_cannot_be_read(refused, tmp_path, form):
         (("--ref_min", "1", "--ref_max", "0"), "the smaller first"),
         (("--environment", "Pendulum-v1", "--action_low", "0"), "leave them out"),
         (("--environment", "Pendulum-v1"), "(2,) and actions (3,), but Pendulum-v1 has observations (3,)"),
-        (("--environment", "CartPole-v1"), "no continuous actions"),
+        (("--environment", "CartPole-v1"), "the environment's are Discrete(2)"),
+        (("--missing", "mend"), "missing: 'mend' is not refuse or drop or carry"),
+        (("--gaps", "fill"), "gaps: 'fill' is not keep or cut"),
+        (("--choices", "all"), "choices: 'all' is not joint or numbers"),
+        (("--heldout", "0.1"), "0.1 of 3 episodes leaves one part empty"),
+        (("--heldout", "1.5"), "heldout"),
         (("--environment", "Nowhere-v1"), "cannot make Nowhere-v1"),
     ],
 )

@@ -9,6 +9,7 @@ Exit status 1: data and hash disagree (with --check the card's hash, else the on
 import argparse
 import contextlib
 import hashlib
+import html
 import importlib
 import io
 import math
@@ -36,11 +37,16 @@ ROOT = Path(__file__).resolve().parents[1]
 COLORS = {"data": "#0072B2", "mean": "#D55E00", "goal": "#009E73", "wall": "#E0E0E0"}  # for all eyes
 SHADES = LinearSegmentedColormap.from_list("shades", ["#CFE4F1", COLORS["data"], "#00121F"])
 SAMPLE = 50_000  # observations that are projected, at most
+MOVED = 0.5  # deviations: what drifts by more between a log's first and last third is in bold
 MARGIN = 0.01  # of the range between its bounds: an action entry this near to one is saturated
 PACKAGES = ("gymnasium", "gymnasium-robotics", "minari", "mujoco", "numpy")  # what data may depend on
 ACTION_WORDS = f"""\
 The bounds `low` and `high` are {{owner}}. Clipped: outside of them. Saturated: outside, or nearer to one of
 them than {MARGIN:.0%} of their distance."""
+
+DRIFT_WORDS = f"""\
+Means over the episodes as they are stored, a log's in the order of time. Moved by: the last third less the
+first, in deviations; in bold from {MOVED:g} on. A log that drifts is several logs."""
 
 
 class UserError(Exception):
@@ -59,7 +65,7 @@ class Data:
     terminated: np.ndarray  # [M]
     truncated: np.ndarray  # [M]
     rewards: np.ndarray  # [N]
-    actions: np.ndarray  # [N, act_dim] float32, as learners see them before they are clipped
+    actions: np.ndarray  # [N, act_dim] float32, before they are clipped; choices as entries of 0 and 1
     positions: np.ndarray  # [N + M, 2] the first two entries of every observation
     sample: np.ndarray  # [at most SAMPLE, obs_dim] observations, drawn with a fixed seed
     constant: int  # entries that are the same in all observations
@@ -67,7 +73,7 @@ class Data:
 
 
 def load_dataset(dataset_id: str) -> minari.MinariDataset:
-    """The dataset on this machine, if it has vectors (or Dicts of them) and Box actions."""
+    """The dataset on this machine, if it has vectors (or Dicts of them); actions may be choices."""
     if not re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", dataset_id):
         raise UserError(f"{dataset_id!r} is no Minari id such as reef/pointmaze/umaze-v0")
     if not is_here(dataset_id):
@@ -80,6 +86,8 @@ def load_dataset(dataset_id: str) -> minari.MinariDataset:
     if dataset.id != dataset_id:
         raise unreadable(dataset_id, f"its metadata call it {dataset.id}")
     for space in (*leaves(dataset.observation_space), dataset.action_space):
+        if space is dataset.action_space and isinstance(space, gym.spaces.Discrete):
+            continue
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             name = "actions" if space is dataset.action_space else "observations"
             raise UserError(f"{dataset_id} has {name} in {space}; cards are for vectors (Box)")
@@ -130,11 +138,16 @@ def read(dataset: minari.MinariDataset) -> Data:
     count = dataset.total_steps + dataset.total_episodes
     chosen = np.sort(np.random.default_rng(0).choice(count, min(count, SAMPLE), replace=False))
     digest, start, low, high, parts = hashlib.sha256(), 0, np.inf, -np.inf, []
+    choices = isinstance(dataset.action_space, gym.spaces.Discrete)
     for observations, episode in read_episodes(dataset, digest):
         begin, end = np.searchsorted(chosen, [start, start + len(observations)])
         flags = episode.terminations.any(), episode.truncations.any()
         positions, sample = observations[:, :2].copy(), observations[chosen[begin:end] - start]
-        parts.append((*flags, episode.rewards, episode.actions.astype(np.float32), positions, sample))
+        done = episode.actions
+        if choices:
+            known = dataset.action_space.start + np.arange(dataset.action_space.n)
+            done = done[:, None] == known
+        parts.append((*flags, episode.rewards, done.astype(np.float32), positions, sample))
         low, high = np.minimum(low, observations.min(0)), np.maximum(high, observations.max(0))
         start += len(observations)
     terminated, truncated, rewards, *columns = zip(*parts)
@@ -179,9 +192,27 @@ def make_environment(dataset: minari.MinariDataset) -> tuple[gym.Env | None, str
     return None, f"{spec.id}, which cannot be made here ({problem:.100})"
 
 
+def action_names(dataset: minari.MinariDataset) -> list[str]:
+    """What the metadata call the choices, or the entries of an action; their numbers where they do not."""
+    space, known = dataset.action_space, dataset.storage.metadata
+    if isinstance(space, gym.spaces.Discrete):
+        names = known.get("action_names", [])
+        numbers = range(int(space.start), int(space.start + space.n))
+    else:
+        names, numbers = known.get("action_columns", []), range(space.shape[0])
+    return [escape(f"{name}") for name in (names if len(names) == len(numbers) else numbers)]
+
+
+def escape(name: str) -> str:
+    """A name from the data as Markdown shows it, whatever is in it."""
+    return re.sub(r"([\\`*_\[\]~#])", r"\\\1", html.escape(name))
+
+
 def action_bounds(dataset: minari.MinariDataset, env: gym.Env | None) -> tuple[np.ndarray, np.ndarray, str]:
     """Lowest and highest action, float32 [act_dim] each, and whose bounds they are."""
     space, owner = dataset.action_space, "the dataset's"
+    if isinstance(space, gym.spaces.Discrete):
+        return np.zeros(space.n, np.float32), np.ones(space.n, np.float32), "of choices"
     if env and isinstance(env.action_space, gym.spaces.Box) and env.action_space.shape == space.shape:
         space, owner = env.action_space, f"those of {env.spec.id}"
     return space.low.astype(np.float32), space.high.astype(np.float32), owner
@@ -239,7 +270,8 @@ def summarise(data: Data, actions: pd.DataFrame, limits: tuple[float, float] | N
     facts |= {"Mean return": show(mean)}
     facts |= {"Mean return as a score": show(score(mean, limits)) if limits else "no references"}
     facts |= {"Steps with a reward other than 0": f"{(data.rewards != 0).mean():.2%}"}
-    facts |= {f"Action entries {name}": share(actions[name]) for name in ("clipped", "saturated")}
+    if "clipped" in actions:
+        facts |= {f"Action entries {name}": share(actions[name]) for name in ("clipped", "saturated")}
     return facts | {"Entries of an observation": f"{data.sample.shape[1]}, {data.constant} of them constant"}
 
 
@@ -280,17 +312,50 @@ def action_table(actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> pd.D
     return pd.DataFrame(table)
 
 
+def choice_table(actions: np.ndarray) -> pd.DataFrame:
+    """A row for each choice: how often it was made."""
+    return pd.DataFrame({"steps": actions.sum(0, dtype=np.int64), "share": actions.mean(0, dtype=np.float64)})
+
+
+def drift(data: Data, names: list[str]) -> pd.DataFrame:
+    """Means in each third of the log's episodes, in their order, and by how many deviations they moved.
+
+    No rows where there are fewer than three episodes. The mean of a choice is its share.
+    """
+    columns = ["", "first third", "middle third", "last third", "moved by"]
+    if len(data.lengths) < 3:
+        return pd.DataFrame(columns=columns)
+    third = np.repeat(np.arange(3), [len(part) for part in np.array_split(data.lengths, 3)])  # of an episode
+    step_third = np.repeat(third, data.lengths)
+    measures = {"mean return": (data.returns, third), "mean length": (data.lengths, third)}
+    measures["mean reward"] = data.rewards, step_third
+    for name, entry in zip(names, data.actions.T):
+        measures[f"mean action {name}"] = entry, step_third
+    rows = []
+    for name, (values, owner) in measures.items():
+        values = values.astype(np.float64)
+        means, deviation = [values[owner == i].mean() for i in range(3)], values.std()
+        moved = (means[2] - means[0]) / deviation if deviation > 1e-9 * abs(means[1]) else 0.0
+        shown = f"{moved:+.2f}"
+        rows.append([name, *map(show, means), f"**{shown}**" if abs(moved) >= MOVED else shown])
+    return pd.DataFrame(rows, columns=columns)
+
+
 def describe(dataset: minari.MinariDataset) -> dict[str, str]:
     """What the data are made of and by whom, as far as the metadata say it."""
     known, names = dataset.storage.metadata, {"algorithm_name": "Made by", "code_permalink": "Code"}
     spaces = {"Observations": dataset.observation_space, "Actions": dataset.action_space}
     facts = {name: describe_space(space) for name, space in spaces.items()}
+    for name, key in (("Observed", "observation_columns"), ("Acted on", "action_columns")):
+        facts |= {name: ", ".join(map(escape, known[key]))} if key in known else {}
     facts |= {"Authors": ", ".join(sorted(known["author"]))} if "author" in known else {}
     return facts | {name: known[key] for key, name in names.items() if key in known}
 
 
 def describe_space(space: gym.Space) -> str:
-    """`[4] float32`, or a Dict of such."""
+    """`[4] float32`, a Dict of such, or `25 choices`."""
+    if isinstance(space, gym.spaces.Discrete):
+        return f"{space.n} choices"
     if isinstance(space, Mapping):
         return "{" + ", ".join(f"{key}: {describe_space(space[key])}" for key in sorted(space)) + "}"
     return f"{[*space.shape]} {space.dtype}"
@@ -333,7 +398,10 @@ def draw(title: str, data: Data, actions: pd.DataFrame, limits: tuple[float, flo
             draw_maze(states, data.positions, maze)
         else:
             draw_projection(states, data.sample)
-        draw_actions(entries, data.actions, actions)
+        if "share" in actions:
+            draw_choices(entries, actions)
+        else:
+            draw_actions(entries, data.actions, actions)
         figure.suptitle(f"{title}: {len(data.lengths):,} episodes, {data.lengths.sum():,} steps", fontsize=13)
     return figure
 
@@ -418,6 +486,15 @@ def project(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return varying @ components[:kept].T, shares[:kept]
 
 
+def draw_choices(axis, table: pd.DataFrame) -> None:
+    """How often each choice was made."""
+    axis.barh(table.index, table["share"], color=COLORS["data"])
+    axis.set_title(f"{(table['share'] > 0).sum()} of {len(table)} choices made", color=COLORS["mean"])
+    axis.set(xlabel="share of the steps", ylabel="choice")
+    axis.yaxis.set_major_locator(MaxNLocator(15, integer=True))
+    axis.invert_yaxis()
+
+
 def draw_actions(axis, actions: np.ndarray, table: pd.DataFrame) -> None:
     """How each entry spreads between its bounds (extremes, where it has none), and its saturated share."""
     bounded = np.isfinite(table[["low", "high"]])
@@ -451,7 +528,9 @@ def make_card(dataset: minari.MinariDataset, folder: Path) -> bool:
     known, data = dataset.storage.metadata, read(dataset)
     env, environment = make_environment(dataset)
     low, high, owner = action_bounds(dataset, env)
-    actions, reference = action_table(data.actions, low, high), references(dataset.id, known)
+    choices, names = isinstance(dataset.action_space, gym.spaces.Discrete), action_names(dataset)
+    actions = choice_table(data.actions) if choices else action_table(data.actions, low, high)
+    reference = references(dataset.id, known)
     limits = tuple(value for value, _ in reference.values())
     limits = limits if limits and limits[0] < limits[1] else None
     maze = env.unwrapped.maze if env and hasattr(env.unwrapped, "point_env") else None
@@ -468,18 +547,28 @@ def make_card(dataset: minari.MinariDataset, folder: Path) -> bool:
     if "recipe" in known:
         origin["Made again"] = "the same on any machine with such a processor and the versions at its making"
     sources = [[name, show(value), source] for name, (value, source) in reference.items()]
-    shares = actions[["clipped", "saturated", "at low", "at high"]]
-    shares = shares.map(lambda value: "" if math.isnan(value) else f"{value:.2%}")
+    shown, words = actions.map(show), ACTION_WORDS.format(owner=owner)
+    if choices:
+        shown, words = actions.assign(share=actions["share"].map("{:.2%}".format)), ""
+    else:
+        shares = actions[["clipped", "saturated", "at low", "at high"]]
+        shown = shown.assign(**shares.map(lambda value: "" if math.isnan(value) else f"{value:.2%}"))
+    named = "action_columns" in known or choices
+    shown.insert(0, "choice" if choices else "entry", names if named else shown.index)
+    moved = drift(data, names)
     blocks = [
         f"# {dataset.id}",
-        known.get("description", "").strip(),
+        html.escape(known.get("description", "").strip(), quote=False),
         f"![Returns, lengths, states and actions]({card.stem}.png)",
         pairs(facts),
         "## Episodes",
         markdown(spread.reset_index(names="")),
         "## Actions",
-        markdown(actions.map(show).assign(**shares).reset_index(names="entry")),
-        ACTION_WORDS.format(owner=owner),
+        markdown(shown),
+        words,
+        "## Drift" if len(moved) else "",
+        markdown(moved) if len(moved) else "",
+        DRIFT_WORDS if len(moved) else "",
         "## Reference scores",
         markdown(pd.DataFrame(sources, columns=["", "return", "source"])) if sources else "None is known.",
         f"Episodes of the evaluation last at most {limit} steps." if limit else "",
