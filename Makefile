@@ -19,8 +19,10 @@ TORCH_INDEX ?=
 
 RUN = .venv/bin/python
 RECIPES = $(filter-out configs/collect/sac/%,$(sort $(wildcard configs/collect/*/*.yaml)))
-DATASETS = $(RECIPES:configs/collect/%.yaml=reef/%)
-COLLECTOR = $(or $(filter pointmaze sepsis,$(word 2,$(subst /, ,$(ID)))),rollouts)
+LABELLED = %-uds-v1 %-otr-v1
+NAMES = $(RECIPES:configs/collect/%.yaml=reef/%)
+DATASETS = $(filter-out $(LABELLED),$(NAMES)) $(filter $(LABELLED),$(NAMES))  # made of one before them
+COLLECTOR = $(or $(filter pointmaze sepsis,$(word 2,$(subst /, ,$(ID)))),$(if $(filter $(LABELLED),$(ID)),label_rewards),rollouts)
 
 .PHONY: help test demo discrete plot dataset datasets known-dataset bench scores report benchmark-quick lint
 

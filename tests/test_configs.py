@@ -25,6 +25,7 @@ LEVELS = ("random", "medium", "medium-replay", "medium-expert", "expert", "exper
 BODIES = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
 SEPSIS = [f"reef/sepsis/{who}-v0" for who in ("clinician", "random", "mixed")]
 WALKERS = [f"reef/{body}/{level}-v1" for body in BODIES for level in LEVELS]
+LABELLED = [f"reef/halfcheetah/medium-replay-{method}-v1" for method in ("otr", "uds")]
 MAX_LINES = 10
 
 
@@ -38,7 +39,7 @@ def script_of(file: str):
     """The script that configs/<family>/<algorithm>/... or configs/collect/<environment>/... belongs to."""
     family, algorithm = Path(file).parts[1:3]
     if family == "collect" and algorithm not in ("pointmaze", "sac", "sepsis"):
-        algorithm = "rollouts"
+        algorithm = "label_rewards" if Path(file).stem.endswith(("-uds-v1", "-otr-v1")) else "rollouts"
     path = ROOT / "algorithms" / family / f"{algorithm}.py"
     assert path.is_file(), f"{file} has no script {path}"
     return load(path)
@@ -139,7 +140,7 @@ def test_every_file_is_short_and_names_a_field_once():
 
 
 def test_every_local_dataset_has_its_recipe():
-    assert sorted(read(file)["dataset"] for file in RECIPES) == sorted(MAZES + WALKERS + SEPSIS)
+    assert sorted(read(file)["dataset"] for file in RECIPES) == sorted(MAZES + WALKERS + SEPSIS + LABELLED)
 
 
 def test_recipes_of_walkers_take_their_own_environment_and_policies():
@@ -196,7 +197,8 @@ def test_every_dataset_has_its_config(algorithm):
     here = [file for file in LEARNERS if file.startswith(f"configs/offline/{algorithm}/")]
     plain = [read(file)["dataset"] for file in here if "variant" not in read(file)]
     plain = [dataset for dataset in plain if not dataset.startswith("D4RL/antmaze/")]  # some have these too
-    assert sorted(plain) == sorted([*references(), *MAZES, *WALKERS])
+    labelled = LABELLED if algorithm == "iql" else []  # its experiment with hidden rewards
+    assert sorted(plain) == sorted([*references(), *MAZES, *WALKERS, *labelled])
 
 
 @pytest.mark.parametrize("algorithm", FINETUNE)

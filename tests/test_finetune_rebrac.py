@@ -117,8 +117,8 @@ def test_it_explores_with_noise_of_the_said_size(batch, rows):  # noqa: F811
 
 
 def test_defaults():
-    """CORL's runs explore without noise, and keep at least half of the actor's weight."""
+    """CORL's runs on Adroit: without noise, and at least half of the actor's weight is kept."""
     config = rebrac.Config()
     wanted = {"decay_to": 0.5, "exploration_noise": 0.0, "online_fraction": 0.5, "updates_per_step": 1}
-    wanted |= {"batch_size": 1024, "actor_lr": 1e-3, "critic_lr": 1e-3, "hidden_layers": 3}
+    wanted |= {"batch_size": 256, "actor_lr": 3e-4, "critic_lr": 3e-4, "hidden_layers": 3}
     assert {field: getattr(config, field) for field in wanted} == wanted

@@ -77,11 +77,11 @@ class Config:
     online_fraction: Share = 0.5  # of a batch from the environment, then; the rest is from the data
     buffer_size: Count = 2_000_000  # transitions of the environment that are kept
     start_from: Optional[str] = None  # folder of a finished run of this algorithm, for the first `updates`
-    batch_size: Count = 1024  # transitions in an update
+    batch_size: Count = 256  # transitions in an update
     discount: Share = 0.99  # gamma
     tau: Share = 0.005  # rate of the target networks
-    actor_lr: Size = 1e-3  # Adam's step size
-    critic_lr: Size = 1e-3  # Adam's step size
+    actor_lr: Size = 3e-4  # Adam's step size
+    critic_lr: Size = 3e-4  # Adam's step size
     hidden_dim: Count = 256  # units in a hidden layer
     hidden_layers: Count = 3  # hidden layers of every network
     actor_beta: Size = 0.01  # beta_1: weight of the actor's distance from the data, (5)
