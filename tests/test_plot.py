@@ -1,30 +1,17 @@
 """tools/plot.py: which runs it finds, what it draws of them, and what its table says."""
 
-import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
+import plot
 import pytest
-from conftest import ROOT, short
+from conftest import short
 
 MAZE, CHEETAH = "own/maze-v0", "own/cheetah/mixed-v1"
-
-
-def load_plot():
-    """tools/plot.py, which imports its siblings from its own folder."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        return importlib.import_module("plot")
-    finally:
-        sys.path.pop(0)
-
-
-plot = load_plot()
 
 
 @pytest.fixture

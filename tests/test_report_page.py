@@ -7,11 +7,13 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import report
+from report_figures import COLORS
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
-from test_report import MAZES, README, RECORD, make_root, report, run, runs, write
+from test_report import MAZES, README, RECORD, make_root, place, run, runs, write
 
 WALKER = "reef/hopper/medium-v1"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -54,7 +56,7 @@ def file(tmp_path_factory) -> Path:
     config.parent.mkdir(parents=True)
     config.touch()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "ROOT", root)
+        place(patch, root)
         patch.setattr(report, "draw_figures", lambda *_: iter(()))
         assert report.main([]) == 0
     assert (root / "docs/scores.md").read_text() != README
@@ -376,7 +378,7 @@ def test_readable_on_every_screen(browser, file, page, side, scheme):
         ink = luminance(find(page, selector).value_of_css_property("color"))
         low, high = sorted((paper, ink))
         assert (high + 0.05) / (low + 0.05) >= 4.5, selector  # WCAG 2.2, 1.4.3
-    for color in report.COLORS:
+    for color in COLORS:
         ink = luminance(" ".join(str(part) for part in bytes.fromhex(color[1:])))
         low, high = sorted((paper, ink))
         assert (high + 0.05) / (low + 0.05) >= 3  # 1.4.11

@@ -1,6 +1,5 @@
 """tools/scores.py: runs become rows, rows are merged, and the README's tables are made of them."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import scores as program
 import yaml
 from conftest import short
 
@@ -30,8 +30,6 @@ The end.
 @pytest.fixture
 def root(tmp_path) -> Path:
     """A repository with our scripts and configs of its own."""
-    (tmp_path / "tools").mkdir()
-    shutil.copy(ROOT / "tools/scores.py", tmp_path / "tools")
     (tmp_path / "algorithms").symlink_to(ROOT / "algorithms")
     (tmp_path / "docs").mkdir()
     for file in ("README.md", "docs/scores.md"):
@@ -45,12 +43,10 @@ def root(tmp_path) -> Path:
 
 
 @pytest.fixture
-def scores(root):
-    """tools/scores.py of that repository."""
-    spec = importlib.util.spec_from_file_location("reef_scores", root / "tools/scores.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def scores(root, monkeypatch):
+    """tools/scores.py for that repository."""
+    monkeypatch.setattr(program, "ROOT", root)
+    return program
 
 
 @pytest.fixture

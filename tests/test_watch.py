@@ -15,21 +15,12 @@ import minari
 import numpy as np
 import pandas as pd
 import pytest
+import watch
 from conftest import ROOT, random_episodes
 
 pytest.register_assert_rewrite("runs")
 from runs import place, record, small  # noqa: E402
 
-
-def load_watch():
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        return importlib.import_module("watch")
-    finally:
-        sys.path.pop(0)
-
-
-watch = load_watch()
 COLORS = np.arange(0, 240, 30)  # of the frames of an episode
 
 
