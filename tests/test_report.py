@@ -18,7 +18,7 @@ import report_page
 import report_statistics as statistics
 from conftest import ROOT
 from scipy import stats
-from scores import COLUMNS, KEY
+from scores import COLUMNS, KEY, ONLINE
 
 MAZES = [f"reef/pointmaze/{size}-v0" for size in ("large", "medium", "umaze")]
 README = """# Title
@@ -84,12 +84,26 @@ def runs(scores: dict[str, list[list[float]]], datasets=MAZES, **fields) -> list
     ]
 
 
+def two_phases(algorithm="iql", dataset=MAZES[0], seeds=3, score=70.0) -> list[dict]:
+    """Rows of runs that go on online at update 400, 10 steps of experience an update."""
+    rows = []
+    for seed in range(seeds):
+        several = run(algorithm, dataset, seed, score, [*range(40, 48)], family="finetune", online_steps=4000,
+                      score_at_switch=49.0 + seed, lowest_score_after_switch=20.0, regret=0.4)
+        for row in several[:-1]:
+            row |= {"phase": "online" if row["update"] > 400 else "offline"}
+            row |= {"online_steps": 10 * max(0, row["update"] - 400)}
+        rows += several
+    return rows
+
+
 def write(folder: Path, rows: list[dict]) -> None:
     """A folder like results/scores."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob("*.csv"):
         file.unlink()
-    for algorithm, table in pd.DataFrame(rows, columns=COLUMNS).groupby("algorithm"):
+    columns = COLUMNS + ONLINE if any("online_steps" in row for row in rows) else COLUMNS
+    for algorithm, table in pd.DataFrame(rows, columns=columns).groupby("algorithm"):
         table.to_csv(folder / f"{algorithm}.csv", index=False, float_format="%.6g")
 
 
@@ -527,12 +541,44 @@ def test_figures(record):
     assert [line.get_ydata()[0] for line in axis.lines] == pytest.approx([1, 8 / 9])  # bc's lowest is at 1
 
 
+def test_offline_then_online(root, record, without_figures):
+    cells, comparisons = record(two_phases() + runs({"iql": [[1, 2, 3]]}, curve=[1, 2]))
+    assert [one.suite for one in comparisons] == ["finetune: reef/pointmaze", "reef/pointmaze"]
+    figure = dict(figures.draw_figures(cells, comparisons))["curves-finetune-reef-pointmaze"]
+    (axis,) = figure.axes
+    curve, end = [line for line in axis.lines if line.get_color() != "#888888"][::-1]
+    assert list(curve.get_xdata()) == [-750, -500, -250, 0, 1000, 2000, 3000, 4000]  # a quarter is offline
+    assert list(curve.get_ydata()) == [*range(40, 48)]
+    assert end.get_xydata().tolist() == [[4000, 70]]
+    assert [line.get_xdata() for line in axis.lines if line.get_color() == "#888888"] == [[0, 0]]
+    assert axis.get_xlabel() == "offline  |  steps of experience"
+    assert min(axis.get_xticks()) == 0
+    assert report.main([]) == 0
+    (cells,) = [cells for cells in lines_of(report_md(root), MAZES[0], "finetune iql") if len(cells) == 9]
+    assert cells[2:] == ["3", "400", "4,000", "50.0 ± 1.0", "20.0 ± 0.0", "70.0 ± 0.0", "0.40"]
+
+
 def test_long_runs_are_drawn_in_hours_and_returns_where_there_is_no_score(record):
     rows = run("bc", MAZES[0], score=None, return_mean=7.0, wall_seconds=4 * 3600.0)
     (axis,) = dict(figures.draw_figures(*record(rows)))["time-reef-pointmaze"].axes
     assert axis.get_xlabel().startswith("hours")
     assert axis.get_ylabel() == "return"
     assert axis.lines[0].get_xydata().tolist() == [[4, 7]]
+
+
+def test_names_are_no_markdown(root, record, without_figures):
+    record(run("bc", "mine/a|b_<i>*x*-v0", variant="[big]_") + run("bc", MAZES[0]))
+    assert report.main([]) == 0
+    name = r"mine/a\|b\_\<i\>\*x\*-v0"
+    link = r"[bc \[big\]\_](../../configs/offline/bc/mine/a%7Cb_%3Ci%3E%2Ax%2A-v0-%5Bbig%5D_.yaml)"
+    assert f"| {name} | {link} |" in report_md(root)
+    assert f"| {MAZES[0]} | [bc](" in report_md(root)
+
+
+def test_panels_say_what_is_not_alike(record):
+    rows = run("bc", MAZES[0], curve=[1, 2]) + run("iql", MAZES[0], 0) + run("iql", MAZES[0], 1)
+    (axis,) = dict(figures.draw_figures(*record(rows)))["curves-reef-pointmaze"].axes
+    assert axis.get_title("left") == f"{MAZES[0]}\none seed: bc\nunequal updates: 100 to 200"
 
 
 def test_many_algorithms_look_different(record):

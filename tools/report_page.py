@@ -195,6 +195,9 @@ to sort and to switch: open it in a browser. [report.py](../../tools/report.py) 
 
 ## Algorithms compared
 
+Bars that do not overlap are no proof: with a few seeds these intervals are too narrow, and exclude equality
+too often. "Better" is said where a permutation test agrees.
+
 {comparisons}
 
 ## Learning curves
@@ -235,7 +238,8 @@ BLOCK = """\
 Algorithms compared on the datasets that all of them have at least {seeds} seeds of: interquartile mean
 (IQM) of the final scores, and the probability that a run beats one of {baseline}, with 95 % intervals
 (stratified bootstrap, [Agarwal et al., 2021](https://arxiv.org/abs/2108.13264)). Better than: beyond
-chance, by the interval and by a permutation test.
+chance, by the interval and by a permutation test: with 3 seeds intervals are too narrow, so bars that do
+not overlap are no proof.
 
 {table}
 
