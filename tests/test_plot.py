@@ -9,10 +9,16 @@ import numpy as np
 import pandas as pd
 import plot
 import pytest
-from conftest import short
+from conftest import load_script, short
 
 MAZE, CHEETAH = "own/maze-v0", "own/cheetah/mixed-v1"
 ONLINE = {"online_steps": 1000, "updates_per_step": 2}
+
+
+@pytest.fixture(scope="module")
+def scripts() -> dict:
+    """The one that is trained here: to load all takes seconds."""
+    return {name: load_script(f"offline/{name}.py") for name in ("bc",)}
 
 
 @pytest.fixture

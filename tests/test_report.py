@@ -124,6 +124,7 @@ def place(monkeypatch, root: Path) -> None:
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
     place(monkeypatch, make_root(tmp_path))
+    monkeypatch.setattr(statistics, "RESAMPLES", 500)  # what is written is the same of many
     return tmp_path
 
 
@@ -587,7 +588,7 @@ def test_many_algorithms_look_different(record):
 
 
 def test_the_same_files_every_time(root, record):
-    record(runs(CLEAR, curve=[1, 2]))
+    record(runs(CLEAR, MAZES[:1], curve=[1, 2]))
     folder = root / "results/report"
     folder.mkdir(parents=True)
     (folder / "curves-gone.png").touch()  # of a suite that is no longer there
@@ -870,9 +871,8 @@ def test_no_disk_is_one_line(root, monkeypatch, capsys, without_figures):
 
 def test_many_learners_in_a_process_of_its_own(tmp_path):
     root, rng = make_root(tmp_path), np.random.default_rng(0)
-    pairs = itertools.product("abcdefghij", ["reef/hopper/medium-v1", "mine/logs-v0"], range(3))
-    rows = [row for name, dataset, seed in pairs
-            for row in run(name, dataset, seed, rng.normal(50, 20), curve=rng.normal(50, 20, 5))]
+    rows = [row for name, seed in itertools.product("abcdefghij", range(3))
+            for row in run(name, "mine/logs-v0", seed, rng.normal(50, 20), curve=rng.normal(50, 20, 5))]
     write(root / "results/scores", rows)
     (root / "tools").mkdir()
     for name in ("common.py", "scores.py", "report.html"):
@@ -882,5 +882,5 @@ def test_many_learners_in_a_process_of_its_own(tmp_path):
     command = [sys.executable, "tools/report.py"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("results/report: 20 cells, ")
+    assert done.stdout.startswith("results/report: 10 cells, ")
     assert (root / "results/report/index.html").exists()

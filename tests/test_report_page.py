@@ -408,11 +408,11 @@ def test_a_curve_is_read_out_where_its_run_was(browser, crowd):
     Select(find(browser, "#dataset")).select_by_visible_text(MAZES[0])
     plot = find(browser, "#curves svg.plot")
     ends = {"short": 100, "an_algorithm_00": 200, "finetune iql": 800}
-    for key, place in ((Keys.HOME, 100), (Keys.ARROW_RIGHT, 200), (Keys.END, 800)):
+    for key, update in ((Keys.HOME, 100), (Keys.ARROW_RIGHT, 200), (Keys.END, 800)):
         plot.send_keys(key)
         told = find(browser, "#curves output").text
-        assert f"gradient updates: {place}" in told
-        assert [name for name in ends if name in told] == [name for name in ends if ends[name] >= place]
+        assert f"gradient updates: {update}" in told
+        assert [name for name in ends if name in told] == [name for name in ends if ends[name] >= update]
     assert find(browser, "#caution").text == "Unequal updates: 100 to 800."
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import scores as program
 import yaml
-from conftest import short
+from conftest import load_script, short
 
 ROOT = Path(__file__).resolve().parents[1]
 ID = "test/pendulum/random-v0"
@@ -25,6 +25,12 @@ stale
 <!-- scores:end -->
 The end.
 """
+
+
+@pytest.fixture(scope="module")
+def scripts() -> dict:
+    """The two that are trained here: to load all takes seconds."""
+    return {name: load_script(f"offline/{name}.py") for name in ("bc", "td3_bc")}
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import watch
-from conftest import ROOT, random_episodes
+from conftest import ROOT, load_script, random_episodes
 
 pytest.register_assert_rewrite("runs")
 from runs import place, record, small  # noqa: E402
@@ -53,6 +53,12 @@ class Drawn(gym.Env):
 
 
 gym.register("test/Drawn-v0", Drawn, disable_env_checker=True)
+
+
+@pytest.fixture(scope="module")
+def scripts() -> dict:
+    """The two that are trained here: to load all takes seconds."""
+    return {name: load_script(f"offline/{name}.py") for name in ("bc", "dt")}
 
 
 @pytest.fixture(scope="module")
