@@ -43,9 +43,12 @@ def open_run(folder: Path) -> tuple[ModuleType, dict]:
     """The script that made the run, and run.json."""
     try:
         info = read_record(folder)
-        name = name_run(folder, info)
     except DAMAGED as error:
         raise UserError(f"{folder} is no folder of a run: {error!r:.150}") from None
+    try:
+        name = name_run(folder, info)
+    except DAMAGED as error:
+        raise UserError(f"{folder} is not where a script puts its runs: {error}") from None
     algorithm = name["algorithm"]
     script = ROOT / "algorithms" / name["family"] / f"{algorithm}.py"
     if not script.is_file():
