@@ -455,7 +455,7 @@ def make_card(dataset: minari.MinariDataset, folder: Path) -> bool:
     actions, reference = action_table(data.actions, low, high), references(dataset.id, known)
     limits = tuple(value for value, _ in reference.values())
     space = dataset.observation_space
-    conditioned = isinstance(space, Mapping) and "desired_goal" in space
+    conditioned = isinstance(space, gym.spaces.Dict) and "desired_goal" in space.spaces
     limits = limits if limits and limits[0] < limits[1] and not conditioned else None
     maze = env.unwrapped.maze if env and hasattr(env.unwrapped, "point_env") else None
     picture = io.BytesIO()
