@@ -18,6 +18,7 @@ pytest.register_assert_rewrite("oracles", "runs")
 from oracles import BATCH  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tools"))  # whose programs import each other, and are imported by their tests
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests do not ask the hub: it would retry for half a minute
 
 

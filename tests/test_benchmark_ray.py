@@ -1,5 +1,6 @@
 """tools/benchmark.py on Ray: one of two nodes is killed in the middle, and the results keep their bits."""
 
+import argparse
 import contextlib
 import os
 import signal
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from benchmark import UserError, connect
+from conftest import load_script
 from ray.cluster_utils import Cluster
 from test_benchmark import (
     TOY,
@@ -29,6 +32,12 @@ SEEDS = 3  # a run for each core of both nodes
 LENGTH = {"updates": 1000, "eval_every": 500, "checkpoint_every": 50, "log_every": 50}
 SETTINGS = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000}  # a dead node is soon seen
 FAR = 900  # seconds: what takes longer has failed, on a busy machine too
+
+
+@pytest.fixture(scope="module")
+def scripts() -> dict:
+    """The one that is trained here: to load all takes seconds."""
+    return {name: load_script(f"offline/{name}.py") for name in ("bc",)}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +85,7 @@ def held_run(raylet: psutil.Process, root: Path, dataset: str) -> tuple[psutil.P
 
 def test_a_node_dies(cluster, run, call, tmp_path, pendulum):
     write_real(tmp_path, **LENGTH)
-    write_matrix(tmp_path, algorithms=["td3_bc"], datasets=[pendulum], seeds=SEEDS)
+    write_matrix(tmp_path, algorithms=["bc"], datasets=[pendulum], seeds=SEEDS)
     doomed = cluster.add_node(num_cpus=1)
     raylet = psutil.Process(doomed.all_processes["raylet"][0].process.pid)
     process = run("--address", cluster.address)
@@ -140,7 +149,13 @@ def test_interrupted_on_a_ray_of_its_own(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "127.0.0.1:x", "nonsense"])
-def test_no_cluster_at_the_address(run, tmp_path, monkeypatch, address):
+def test_no_cluster_at_the_address(address):
+    with pytest.raises(UserError, match=f"no Ray cluster at {address}: "):
+        connect(argparse.Namespace(address=address, processes=1))
+
+
+def test_no_cluster_is_one_line(run, tmp_path, monkeypatch):
+    address = "127.0.0.1:1"
     write_toys(tmp_path)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     write_matrix(tmp_path, algorithms=["toy"])

@@ -375,6 +375,9 @@ def test_mazes(goals, root, script, tmp_path, capsys, monkeypatch):
     card = tables(tmp_path)
     assert card["ref_min"][1] == "the dataset's metadata: random, mean of 2 episodes"
     assert card["ref_max"][1] == "the dataset's metadata: planner, mean of 2 episodes"
+    # an episode that ends at its goal earns 1, and one of an evaluation stays there and earns on
+    assert card["Mean return as a score"][0].startswith("none: ") == goals
+    assert ("score" in card) == (not goals)
     assert "mujoco" in card["Versions at its making"][0]
     assert card["Processor here"][0].startswith(platform.machine())
     assert "any machine" in card["Made again"][0]

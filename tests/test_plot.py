@@ -1,30 +1,24 @@
 """tools/plot.py: which runs it finds, what it draws of them, and what its table says."""
 
-import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pandas as pd
+import plot
 import pytest
-from conftest import ROOT, short
+from conftest import load_script, short
 
 MAZE, CHEETAH = "own/maze-v0", "own/cheetah/mixed-v1"
+ONLINE = {"online_steps": 1000, "updates_per_step": 2}
 
 
-def load_plot():
-    """tools/plot.py, which imports its siblings from its own folder."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        return importlib.import_module("plot")
-    finally:
-        sys.path.pop(0)
-
-
-plot = load_plot()
+@pytest.fixture(scope="module")
+def scripts() -> dict:
+    """The one that is trained here: to load all takes seconds."""
+    return {name: load_script(f"offline/{name}.py") for name in ("bc",)}
 
 
 @pytest.fixture
@@ -33,7 +27,7 @@ def make(tmp_path):
 
     def make(algorithm: str, seed: int = 0, curve: dict | None = None, score: float = 5.0, **fields) -> Path:
         config = {"dataset": MAZE, "variant": "default", "updates": 400, "seed": seed}
-        config |= {name: fields.pop(name) for name in list(fields) if name in config}
+        config |= {name: fields.pop(name) for name in list(fields) if name in {**config, **ONLINE}}
         root, family = fields.pop("root", tmp_path), fields.pop("family", "offline")
         scored = fields.pop("scored", True)
         folder = root / family / algorithm / config["dataset"] / config["variant"] / f"seed-{config['seed']}"
@@ -45,6 +39,8 @@ def make(tmp_path):
         rows = [{"update": update, "actor/loss": 0.5} for update in range(50, 401, 50) if update not in curve]
         for update, value in curve.items():
             rows.append({"update": update, "actor/loss": 0.5, "eval/return_mean": 10 * value})
+            if update > config["updates"]:
+                rows[-1]["online/steps"] = (update - config["updates"]) // config["updates_per_step"]
             if scored:
                 rows[-1]["eval/score"] = value
         pd.DataFrame(rows).sort_values("update").to_csv(folder / "metrics.csv", index=False)
@@ -154,6 +150,25 @@ def test_a_panel_says_what_is_not_alike(make, tmp_path):
     title = drawn(tmp_path)[1][MAZE].get_title("left")
     notes = ["one seed: awac", "unequal updates: 400 to 10,000", "2 versions of the data"]
     assert title.splitlines() == [MAZE, *notes]
+
+
+def test_what_goes_on_online_is_drawn_against_experience(make, run, tmp_path):
+    """Right of a line at the switch; the offline phase is left of it, a quarter as wide as the online one."""
+    make("iql", 0, {200: 1.0, 400: 2.0, 1400: 3.0, 2400: 4.0}, family="finetune", **ONLINE)
+    make("iql", 1, {200: 3.0, 400: 4.0, 1400: 5.0}, family="finetune", status="running", **ONLINE)
+    make("iql", 0)
+    lines, panels = drawn(tmp_path)
+    assert [*panels] == [MAZE, f"{MAZE}, then online"]
+    axis = panels[f"{MAZE}, then online"]
+    assert [(list(x), list(y)) for x, y, width in lines[f"{MAZE}, then online"] if width == 2] == [
+        ([-125, 0, 500], [2, 3, 4])]
+    (diamond,) = [line for line in axis.lines if line.get_marker() == "D"]
+    assert diamond.get_xydata().tolist() == [[1000, 5]]
+    assert [line.get_xdata() for line in axis.lines if line.get_color() == "#888888"] == [[0, 0]]
+    assert axis.get_xlabel() == "offline  |  steps of experience"
+    assert panels[MAZE].get_xlabel() == "gradient updates"
+    _, out, _ = run(tmp_path)
+    assert table(out)[MAZE, "finetune iql"] == ["5.0", "50.0", "9.0", "1 (and 1 not finished)", "2,400"]
 
 
 def test_the_same_seed_in_two_folders_is_two_lines(make, run, tmp_path):

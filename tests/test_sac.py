@@ -1,6 +1,5 @@
 """algorithms/collect/sac.py: losses against NumPy, data, runs; tools/behavior.py: what is published."""
 
-import importlib.util
 import json
 import math
 import os
@@ -9,28 +8,19 @@ import signal
 import sys
 from pathlib import Path
 
+import behavior
 import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, load_script, new_learner
+from conftest import load_script, new_learner
 from oracles import ACT, BATCH, CPU, OBS, assert_loss_and_gradient, gaussian, q_values, squashed, weights
 from test_runs import equal
 from torch import nn
 
 sac = load_script("collect/sac.py")
-
-
-def load_behavior():
-    spec = importlib.util.spec_from_file_location("reef_results_behavior", ROOT / "tools/behavior.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-behavior = load_behavior()
 
 
 def make(**fields):
@@ -685,9 +675,6 @@ def test_publishing(ladder, tmp_path, capsys):
     assert behavior.main([str(ladder), f"--output_dir={tmp_path / 'behavior'}"]) == 0
     assert (target / "snapshots.csv").read_bytes() == before
 
-    for path in (ladder / "ladder").iterdir():  # as the first version of sac.py left them
-        torch.save(safetensors.torch.load_file(path), path.with_suffix(".pt"))
-        path.unlink()
     assert behavior.main([str(ladder), f"--output_dir={tmp_path / 'behavior'}", "--medium=2.5"]) == 0
     table = pd.read_csv(target / "snapshots.csv")
     assert dict(zip(table["snapshot"], table["updates"])) == {"replay-01": 10, "medium": 20, "expert": 60}
@@ -718,60 +705,11 @@ def test_a_measurement_is_of_the_sampled_policy_in_new_episodes(monkeypatch):
     assert not starts(seed) & (starts((0, 40, 0)) | starts((0, 40, 1)) | starts((0, 40, 2)))
 
 
-def test_carried_run_goes_on_elsewhere(tmp_path, monkeypatch, capsys):
-    update, began = sac.SAC.update, folder_of(tmp_path / "runs")
-
-    def mortal(learner, batch):
-        if learner.updates == 65:
-            raise KeyboardInterrupt
-        return update(learner, batch)
-
-    with monkeypatch.context() as patch:
-        scripted(patch, {10: -5.0, 20: 3.0, 30: 2.0, 40: 6.0, 50: 7.0, 60: 16.0})
-        patch.setattr(sac.SAC, "update", mortal)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "runs", updates=80)
-    words = [str(began), "--carry", f"--output_dir={tmp_path / 'behavior'}"]
-    carried, elsewhere = tmp_path / "behavior/reefclock/run", folder_of(tmp_path / "elsewhere")
-    capsys.readouterr()
-    for rungs in ("3", "99"):
-        assert behavior.main([*words, f"--rungs={rungs}"]) == 0
-        wanted = [10, 40, 60] if rungs == "3" else [10, 20, 40, 50, 60]
-        assert rungs_of(carried) == wanted
-        assert f"update 60, {len(wanted)} of 5 rungs" in capsys.readouterr().out
-    assert equal(checkpoint(carried), checkpoint(began))
-    assert (carried / "checkpoint.pt").stat().st_size < 0.9 * (began / "checkpoint.pt").stat().st_size
-
-    shutil.copytree(carried, elsewhere)
-    train(tmp_path / "elsewhere", updates=80)
-    metrics = pd.read_csv(elsewhere / "metrics.csv")
-    assert metrics["update"].tolist() == [*range(10, 70, 10), 61, 70, 80]
-    assert metrics["resumed"].tolist() == [0] * 6 + [1] * 3
-    assert metrics["environment_steps"].iloc[-1] == 213 + 51 + 60
-    pd.testing.assert_frame_equal(metrics[:6], pd.read_csv(began / "metrics.csv"))
-
-
-def test_a_damaged_checkpoint_is_not_carried(ladder, tmp_path, capsys):
-    content = (ladder / "checkpoint.pt").read_bytes()
-    (ladder / "checkpoint.pt").write_bytes(content[: len(content) // 2])
-    assert behavior.main([str(ladder), "--carry", f"--output_dir={tmp_path / 'behavior'}"]) == 2
-    assert "cannot read" in capsys.readouterr().err
-    assert not (tmp_path / "behavior").exists()
-
-
-def test_carrying_leaves_out_what_came_after_the_checkpoint(ladder, tmp_path, capsys):
-    content = torch.load(ladder / "checkpoint.pt", weights_only=True)
-    torch.save({**content, "updates": 40}, ladder / "checkpoint.pt")
-    assert behavior.main([str(ladder), "--carry", f"--output_dir={tmp_path / 'behavior'}"]) == 0
-    assert "update 40, 3 of 3 rungs" in capsys.readouterr().out
-
-
 def test_what_cannot_be_published_ends_in_one_line(ladder, tmp_path, capsys):
     shutil.rmtree(ladder / "ladder")
     for folder, words in ((tmp_path / "nowhere", "run.json"), (ladder, "has no ladder yet")):
-        for more in ([], ["--carry"]):
-            assert behavior.main([str(folder), f"--output_dir={tmp_path / 'behavior'}", *more]) == 2
-            stdout, stderr = capsys.readouterr()
-            assert (stdout, len(stderr.splitlines())) == ("", 1)
-            assert words in stderr
+        assert behavior.main([str(folder), f"--output_dir={tmp_path / 'behavior'}"]) == 2
+        stdout, stderr = capsys.readouterr()
+        assert (stdout, len(stderr.splitlines())) == ("", 1)
+        assert words in stderr
     assert not (tmp_path / "behavior").exists()

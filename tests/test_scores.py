@@ -1,6 +1,5 @@
 """tools/scores.py: runs become rows, rows are merged, and the README's tables are made of them."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -9,8 +8,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import scores as program
 import yaml
-from conftest import short
+from conftest import load_script, short
 
 ROOT = Path(__file__).resolve().parents[1]
 ID = "test/pendulum/random-v0"
@@ -27,11 +27,15 @@ The end.
 """
 
 
+@pytest.fixture(scope="module")
+def scripts() -> dict:
+    """The two that are trained here: to load all takes seconds."""
+    return {name: load_script(f"offline/{name}.py") for name in ("bc", "td3_bc")}
+
+
 @pytest.fixture
 def root(tmp_path) -> Path:
     """A repository with our scripts and configs of its own."""
-    (tmp_path / "tools").mkdir()
-    shutil.copy(ROOT / "tools/scores.py", tmp_path / "tools")
     (tmp_path / "algorithms").symlink_to(ROOT / "algorithms")
     (tmp_path / "docs").mkdir()
     for file in ("README.md", "docs/scores.md"):
@@ -45,12 +49,10 @@ def root(tmp_path) -> Path:
 
 
 @pytest.fixture
-def scores(root):
-    """tools/scores.py of that repository."""
-    spec = importlib.util.spec_from_file_location("reef_scores", root / "tools/scores.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def scores(root, monkeypatch):
+    """tools/scores.py for that repository."""
+    monkeypatch.setattr(program, "ROOT", root)
+    return program
 
 
 @pytest.fixture
@@ -208,6 +210,45 @@ def test_a_broken_record_is_named_and_skipped(root, scores, run, capsys):
     assert whole.exists()
 
 
+def test_a_run_that_was_moved_is_named_and_skipped(root, scores, run, capsys):
+    folder = run("bc")
+    moved = folder.rename(folder.with_name("seed-7"))
+    assert scores.main([]) == 0
+    assert f"skipped {moved}: its record cannot be read: " in capsys.readouterr().out
+    assert not (root / "results/scores").exists()
+
+
+def test_a_run_in_two_phases(root, scores, run, capsys, monkeypatch):
+    """Made of one of BC's: evaluations at 20 and 40 are offline, those at 60 and 80 after 10 and 20 steps."""
+    run("bc")
+    scores.main([])
+    folder = root / f"results/runs/finetune/bc/{ID}/default/seed-0"
+    shutil.copytree(run("bc", seed=1).parent / "seed-1", folder)
+    change(folder, seed=0, score_at_switch=3.0, lowest_score_after_switch=1.0, regret=0.5)
+    info = json.loads((folder / "run.json").read_text())
+    info["config"] |= {"online_steps": 20, "updates_per_step": 2}
+    (folder / "run.json").write_text(json.dumps(info))
+    metrics = pd.read_csv(folder / "metrics.csv")
+    more = metrics.assign(update=metrics["update"] + 40, **{"online/steps": metrics["update"] // 2})
+    pd.concat([metrics, more]).to_csv(folder / "metrics.csv", index=False)
+    episodes = pd.read_csv(folder / "evaluations.csv")
+    training, final = (episodes[episodes["phase"] == phase] for phase in ("training", "final"))
+    online = training.assign(phase="online", update=training["update"] + 40)
+    parts = training.assign(phase="offline"), online, final.assign(update=80)
+    pd.concat(parts).to_csv(folder / "evaluations.csv", index=False)
+    monkeypatch.setattr(scores, "objection", lambda *_: "")  # there is no such script
+    assert scores.main([str(folder.parents[5])]) == 0
+    assert list(read(root))[-4:] == ["online_steps", *scores.SWITCH]
+    rows = read(root).query("family == 'finetune'")
+    assert list(zip(rows["update"], rows["phase"], rows["episodes"], rows["online_steps"])) == [
+        (20, "offline", 3, 0), (40, "offline", 3, 0), (60, "online", 3, 10), (80, "online", 3, 20),
+        (80, "final", 12, 20)]
+    assert rows[scores.SWITCH].iloc[-1].tolist() == [3.0, 1.0, 0.5]
+    assert rows[scores.SWITCH].iloc[:-1].isna().all(axis=None)
+    assert read(root).query("family == 'offline'")["online_steps"].isna().all()
+    assert "| Dataset | bc | finetune bc |" in (root / "docs/scores.md").read_text()
+
+
 def test_tables(root, scores, run):
     plain, unscored = run("bc"), run("td3_bc")
     for seed, score in [(1, 20.0), (2, 60.0)]:
@@ -240,6 +281,9 @@ def test_the_table_of_algorithms(root, scores, run):
     file.parent.mkdir(parents=True)
     file.write_text(yaml.safe_dump({"dataset": dataset, **SETTINGS}))
     change(folder, dataset=dataset, score=8.25)
+    moved = root / f"results/runs/offline/bc/{dataset}/default"
+    moved.mkdir(parents=True)
+    folder.rename(moved / "seed-0")
     scores.main([])
     lines = (root / "README.md").read_text().splitlines()
     (head,) = [cells(line) for line in lines if line.startswith("| Route |")]

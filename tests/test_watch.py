@@ -15,21 +15,12 @@ import minari
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, random_episodes
+import watch
+from conftest import ROOT, load_script, random_episodes
 
 pytest.register_assert_rewrite("runs")
 from runs import place, record, small  # noqa: E402
 
-
-def load_watch():
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        return importlib.import_module("watch")
-    finally:
-        sys.path.pop(0)
-
-
-watch = load_watch()
 COLORS = np.arange(0, 240, 30)  # of the frames of an episode
 
 
@@ -62,6 +53,12 @@ class Drawn(gym.Env):
 
 
 gym.register("test/Drawn-v0", Drawn, disable_env_checker=True)
+
+
+@pytest.fixture(scope="module")
+def scripts() -> dict:
+    """The two that are trained here: to load all takes seconds."""
+    return {name: load_script(f"offline/{name}.py") for name in ("bc", "dt")}
 
 
 @pytest.fixture(scope="module")

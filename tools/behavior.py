@@ -1,7 +1,6 @@
-"""Publishes the ladder of a SAC run as behaviour policies with a table of their returns, or carries the run.
+"""Publishes the ladder of a SAC run as behaviour policies, *.safetensors, and their returns, snapshots.csv.
 
-  python tools/behavior.py RUN [--medium RETURN]     writes *.safetensors and snapshots.csv
-  python tools/behavior.py RUN --carry [--rungs N]   writes run/
+  python tools/behavior.py RUN [--medium RETURN]
 
 RUN is a run folder of algorithms/collect/sac.py, finished or not. All goes into results/behavior/<name>/; the
 name of Hopper-v5 is hopper. The rungs of a ladder are the policies that set a record in an evaluation on
@@ -14,30 +13,20 @@ the way. Published are:
 A record is partly luck. So snapshots.csv does not repeat it: each published policy, in half precision, is
 measured in 20 new episodes (of its own seeds, sampled actions): mean and deviation of their returns. `commit`
 is that of the training, `versions` are those of the measurement.
-
---carry takes an unfinished run to another machine: its checkpoint (compressed, which torch.load reads as it
-is) and N of its rungs, evenly spaced. There, put it back and go on:
-
-  mkdir -p results/runs/collect/sac/Hopper-v5/default/seed-0
-  cp -r results/behavior/hopper/run/. results/runs/collect/sac/Hopper-v5/default/seed-0
-  python algorithms/collect/sac.py --config_path results/behavior/hopper/run/config.yaml \\
-      --output_dir results/runs
 """
 
 import argparse
 import importlib
-import shutil
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import safetensors.torch
 import torch
+from common import ROOT, write
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
 REPLAY = 12  # snapshots on the way to medium
 EPISODES = 20  # of a measurement
 PHASE = 3  # in a measurement's seed; sac.py has 0, 1 and 2
@@ -49,25 +38,18 @@ sac = importlib.import_module("sac")
 def read_ladder(folder: Path) -> pd.DataFrame:
     """A row a rung, the lowest first: update, return_mean (its record), environment_steps, resumed, path.
 
-    A rung that metrics.csv does not know yet does not count. The first version of sac.py wrote .pt files.
+    A rung that metrics.csv does not know yet does not count.
     """
     try:
         table = pd.read_csv(folder / "metrics.csv").rename(columns={"eval/return_mean": "return_mean"})
     except (OSError, ValueError) as error:
         raise sac.UserError(f"{folder} is no run folder of sac.py: {error}") from None
-    files = [path for suffix in ("pt", "safetensors") for path in folder.glob(f"ladder/*.{suffix}")]
-    table["path"] = table["update"].map({int(path.stem): path for path in files})
+    files = {int(path.stem): path for path in folder.glob("ladder/*.safetensors")}
+    table["path"] = table["update"].map(files)
     table = table.dropna(subset="path").reset_index(drop=True)
     if table.empty:
         raise sac.UserError(f"{folder} has no ladder yet: the first evaluation makes its first rung")
     return table[["update", "return_mean", "environment_steps", "resumed", "path"]]
-
-
-def read_rung(path: Path) -> dict[str, torch.Tensor]:
-    """The actor's tensors, in half precision."""
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
-    return torch.load(path, weights_only=True)
 
 
 def spread(values: np.ndarray, count: int) -> list[int]:
@@ -111,43 +93,19 @@ def publish(folder: Path, info: dict, target: Path, level: float | None) -> None
     files, rows = {}, []
     for name, index in tqdm(chosen.items(), config.environment, unit="snapshot", disable=None):
         rung = rungs.iloc[index]
-        tensors, update = read_rung(rung["path"]), int(rung["update"])
+        tensors, update = safetensors.torch.load_file(rung["path"]), int(rung["update"])
         files[f"{name}.safetensors"] = safetensors.torch.save(tensors)
         numbers = {"environment_steps": int(rung["environment_steps"]), "updates": update}
         numbers |= {"resumed": int(rung["resumed"])}
         rows.append({"snapshot": name, **measure(config, tensors, update), **numbers, **facts})
     table = pd.DataFrame(rows)
-    target.mkdir(parents=True, exist_ok=True)
     for path in {*target.glob("*.safetensors")} - {target / name for name in files}:
         path.unlink()  # of a time when the ladder had more rungs before medium
     size, files["snapshots.csv"] = sum(map(len, files.values())), table.to_csv(index=False).encode()
     for name, content in files.items():
-        (target / f"{name}.new").write_bytes(content)
-        (target / f"{name}.new").replace(target / name)
+        write(target / name, content)
     print(table.iloc[:, : list(table).index("resumed")].to_string(index=False))
     print(f"{target}: {len(table)} snapshots, {size / 1e6:.1f} MB")
-
-
-def carry(folder: Path, target: Path, count: int) -> None:
-    """Replaces `target` by what `folder` needs to go on from its checkpoint."""
-    checkpoint = sac.read_saved(folder / "checkpoint.pt")
-    rungs = read_ladder(folder).query("update <= @checkpoint['updates']")
-    kept = rungs.iloc[spread(np.arange(len(rungs)), count)]
-
-    shutil.rmtree(new := target.with_suffix(".new"), ignore_errors=True)
-    (new / "ladder").mkdir(parents=True)
-    with zipfile.ZipFile(new / "checkpoint.pt", "w", zipfile.ZIP_DEFLATED) as packed:
-        source = zipfile.ZipFile(folder / "checkpoint.pt")
-        for name in source.namelist():
-            packed.writestr(name, source.read(name))
-    for name in ("run.json", "config.yaml"):
-        shutil.copy(folder / name, new / name)
-    for path in kept["path"]:
-        (new / "ladder" / f"{path.stem}.safetensors").write_bytes(safetensors.torch.save(read_rung(path)))
-    size = sum(path.stat().st_size for path in new.rglob("*") if path.is_file()) / 1e6
-    shutil.rmtree(target, ignore_errors=True)
-    new.rename(target)
-    print(f"{target}: {size:.1f} MB, update {checkpoint['updates']:,}, {len(kept)} of {len(rungs)} rungs")
 
 
 def main(arguments: list[str]) -> int:
@@ -155,18 +113,13 @@ def main(arguments: list[str]) -> int:
     argument = parser.add_argument
     argument("run", type=Path, help="run folder of algorithms/collect/sac.py")
     argument("--medium", type=float, metavar="RETURN", help="that medium reaches (a third of expert's)")
-    argument("--carry", action="store_true", help="what the run needs to go on, instead of snapshots")
-    argument("--rungs", type=int, default=6, metavar="N", help="carried at most (6: about 4 MB in all)")
     argument("--output_dir", type=Path, default=ROOT / "results/behavior", help="where <name>/ goes")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
         info = sac.read_saved(options.run / "run.json")
         target = options.output_dir / info["config"]["environment"].partition("-")[0].lower()
-        if options.carry:
-            carry(options.run, target / "run", options.rungs)
-        else:
-            publish(options.run, info, target, options.medium)
+        publish(options.run, info, target, options.medium)
     except (sac.UserError, OSError) as error:
         print(f"behavior.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

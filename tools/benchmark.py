@@ -66,10 +66,10 @@ from pathlib import Path
 import filelock
 import psutil
 import yaml
+from common import ROOT, UserError, exit_status, read_record, show, write
 from minari.storage import get_dataset_path
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
 FORM = {  # of a matrix
     "algorithms": "a list of names, or of `name: {field: value}`",
     "datasets": "a list of ids",
@@ -81,6 +81,7 @@ UNNAMED = {"updates", "eval_every", "eval_episodes"}  # fields that tools/scores
 RESERVE = 200e6  # bytes: with less left on the disk nothing goes on; a run writes some 10 MB
 PATIENCE = 60  # seconds that a run on Ray waits for its folder's lock, which a dying machine may still hold
 GRACE = 20  # seconds that a run has to end after Ctrl-C
+GO_ON = "; the same command goes on from what is saved"
 # A run dies with its parent, however that ends, so that its folder is free for the next (1 is Linux's
 # PR_SET_PDEATHSIG). It obeys Ctrl-C even where a shell's background job ignores it.
 LAUNCH = """\
@@ -90,10 +91,6 @@ if sys.platform == "linux":
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
-
-
-class UserError(Exception):
-    """What the user can mend: one line on stderr and exit status 2."""
 
 
 # ----------------------------------------------- The matrix -----------------------------------------------
@@ -286,13 +283,12 @@ def expand(matrix: dict, output: Path) -> list[Run]:
 # ------------------------------------- What is done, and what it costs -------------------------------------
 
 
-def read_record(run: Run) -> dict:
+def record_of(run: Run) -> dict:
     """Its run.json; empty where there is none yet, or a damaged one: the script will say so."""
     try:
-        found = json.loads((run.folder / "run.json").read_text())
+        return read_record(run.folder)
     except (FileNotFoundError, ValueError):
         return {}
-    return found if isinstance(found, dict) and {"config", "status"} <= found.keys() else {}
 
 
 def is_finished(run: Run, record: dict) -> bool:
@@ -385,7 +381,7 @@ def show_sweep(runs: list[Run]) -> None:
     """A line a swept variant: its final scores, or returns where there is no score."""
     groups = defaultdict(list)
     for run in runs:
-        record = read_record(run)
+        record = record_of(run)
         if run.swept and is_finished(run, record):
             groups[*run.kind, run.config["variant"]].append(record)
     if not groups:
@@ -395,8 +391,7 @@ def show_sweep(runs: list[Run]) -> None:
         kind = "return_mean" if any(record.get("score") is None for record in records) else "score"
         values = [record[kind] for record in records if record.get(kind) is not None]
         counts = sorted({record["config"]["updates"] for record in records})
-        shown = f"{statistics.mean(values):.1f}" if values else "not evaluated"
-        shown += f" ± {statistics.stdev(values):.1f}" * (len(values) > 1)
+        shown = show(values) if values else "not evaluated"
         shown += " (return)" * (kind == "return_mean" and values != [])
         rows.append((*key, str(len(records)), " and ".join(f"{count:,}" for count in counts), shown))
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -547,7 +542,7 @@ class Display:
         """Says how a run ended."""
         begin = self.pending.pop(run)
         if not problem:
-            self.bar.write(f"{run}: {read_record(run)['result']}")
+            self.bar.write(f"{run}: {record_of(run)['result']}")
             self.bar.update()
         else:
             self.failed, log = self.failed + 1, run.folder / "log.txt"
@@ -648,12 +643,11 @@ def run(arguments: list[str]) -> int:
     except UserError as error:
         raise UserError(f"{options.matrix}: {error}") from None
     if options.sweep:
-        new = options.sweep.with_name(f"{options.sweep.name}.new")
-        new.write_text(yaml.safe_dump(sweep(options.matrix.stem, runs), sort_keys=False, width=1000))
-        new.replace(options.sweep)
+        content = sweep(options.matrix.stem, runs)
+        write(options.sweep, yaml.safe_dump(content, sort_keys=False, width=1000))
         print(f"{options.sweep} is written: wandb sweep {options.sweep}, then wandb agent ID in {ROOT}")
         return 0
-    records = {run: read_record(run) for run in runs}
+    records = {run: record_of(run) for run in runs}
     todo = {run: record for run, record in records.items() if not is_finished(run, record)}
     costs = Costs(records)
     if options.list:
@@ -676,14 +670,7 @@ def run(arguments: list[str]) -> int:
 
 def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
-    try:
-        return run(sys.argv[1:])
-    except (UserError, OSError) as error:
-        message, status = str(error), 2
-    except KeyboardInterrupt:
-        message, status = "interrupted; the same command goes on from what is saved", 130
-    print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)
-    return status
+    return exit_status(Path(__file__).name, run, sys.argv[1:], advice=GO_ON)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ SAMPLE = 50_000  # observations that are projected, at most
 MOVED = 0.5  # deviations: what drifts by more between a log's first and last third is in bold
 MARGIN = 0.01  # of the range between its bounds: an action entry this near to one is saturated
 PACKAGES = ("gymnasium", "gymnasium-robotics", "minari", "mujoco", "numpy")  # what data may depend on
+NO_SCALE = "none: an episode ends at its goal here, and earns on at it in an evaluation"
 ACTION_WORDS = f"""\
 The bounds `low` and `high` are {{owner}}. Clipped: outside of them. Saturated: outside, or nearer to one of
 them than {MARGIN:.0%} of their distance."""
@@ -532,7 +533,9 @@ def make_card(dataset: minari.MinariDataset, folder: Path) -> bool:
     actions = choice_table(data.actions) if choices else action_table(data.actions, low, high)
     reference = references(dataset.id, known)
     limits = tuple(value for value, _ in reference.values())
-    limits = limits if limits and limits[0] < limits[1] else None
+    space = dataset.observation_space
+    conditioned = isinstance(space, gym.spaces.Dict) and "desired_goal" in space.spaces
+    limits = limits if limits and limits[0] < limits[1] and not conditioned else None
     maze = env.unwrapped.maze if env and hasattr(env.unwrapped, "point_env") else None
     picture = io.BytesIO()
     draw(dataset.id, data, actions, limits, maze).savefig(picture, dpi=100)
@@ -543,6 +546,8 @@ def make_card(dataset: minari.MinariDataset, folder: Path) -> bool:
     card, recorded = folder / f"{dataset.id}.md", known.get("content_hash")
     note = {None: "none recorded", data.digest: "as recorded"}.get(recorded, f"NOT AS RECORDED: {recorded}")
     facts, spread = summarise(data, actions, limits), statistics(data, limits).map(show)
+    if conditioned and reference:
+        facts["Mean return as a score"] = NO_SCALE
     origin = {"Environment": environment, **describe(dataset), "sha256": f"{data.digest} ({note})"}
     if "recipe" in known:
         origin["Made again"] = "the same on any machine with such a processor and the versions at its making"

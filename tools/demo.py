@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import importlib
 import io
-import json
 import os
 import subprocess
 import sys
@@ -20,10 +19,10 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from common import ROOT, read_record, write
 from matplotlib.patches import Circle, Rectangle
 from matplotlib.ticker import MaxNLocator, MultipleLocator, StrMethodFormatter
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"bc": "BC", "td3_bc": "TD3+BC", "iql": "IQL"}
 COLORS = {  # for all eyes
     "BC": "#D55E00", "TD3+BC": "#0072B2", "IQL": "#CC79A7", "The data": "#444444", "goal": "#009E73"}
@@ -40,7 +39,7 @@ def main() -> None:
     parser.add_argument("--output_dir", default="results/runs", help="where they go, and the picture")
     fields, others = parser.parse_known_args()
     folders = {name: train(algorithm, vars(fields), others) for algorithm, name in NAMES.items()}
-    runs = {name: json.loads((folder / "run.json").read_text()) for name, folder in folders.items()}
+    runs = {name: read_record(folder) for name, folder in folders.items()}
     if "score" not in runs["BC"]:
         sys.exit(f"{fields.dataset} has no environment to evaluate in: name one with --environment")
 
@@ -130,9 +129,9 @@ def draw(picture: Path, folders: dict, runs: dict, dataset, environments) -> Non
         key = panels[0].get_legend_handles_labels()
         title = f"{len(shown)} episodes each; all policies from the same starts"
         figure.legend(*key, loc="outside lower right", ncols=4, frameon=False, title=title)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture.with_suffix(".new.png"), dpi=150)
-    picture.with_suffix(".new.png").replace(picture)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=150)
+    write(picture, content.getvalue())
 
 
 def draw_curves(axis, folders: dict, runs: dict, known: dict, data_return: float) -> None:

@@ -7,16 +7,15 @@
 A panel is a dataset, a line an algorithm or a variant of it: thick the mean over seeds, at the updates at
 which all of them were evaluated; thin every seed; a diamond the mean of the final evaluations. The title of a
 panel says where lines have one seed, where runs had different updates or data, and how many are not finished.
-It shows scores, or returns where a run has no score.
+It shows scores, or returns where a run has no score. Runs that go on online have panels of their own, against
+steps of experience from the switch on; the offline phase is left of it, on a scale of its own.
 
 The table has the final evaluations, mean and standard deviation over seeds. The best on the way was chosen
 with the simulator, which offline learning does not have.
 """
 
 import argparse
-import json
 import sys
-import textwrap
 from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
@@ -24,10 +23,34 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
+from common import (
+    DAMAGED,
+    KEY,
+    UserError,
+    escape,
+    exit_status,
+    learner_name,
+    markdown,
+    name_run,
+    read_record,
+    show,
+    span,
+    write,
+)
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
-from report import LOOKS, STYLE, UserError, add_legend, panels, save, span, write
-from scores import DAMAGED, KEY, markdown, show
+from matplotlib.ticker import MaxNLocator
+from report_figures import (
+    LOOKS,
+    STYLE,
+    add_legend,
+    entitle,
+    experience,
+    label_switch,
+    label_updates,
+    note_runs,
+    panels,
+    save,
+)
 
 SUFFIXES = (".png", ".pdf", ".svg")
 FINAL = ["score", "return_mean", "best_score"]
@@ -56,34 +79,33 @@ def find_runs(folders: Iterable[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     if not runs:
         raise UserError(f"no runs (run.json) in {', '.join(map(str, folders))}")
     runs = pd.DataFrame(runs)
-    runs["learner"] = [name_learner(row) for row in runs.to_dict("records")]
+    names = zip(runs["family"], runs["algorithm"], runs["variant"])
+    runs["learner"] = [learner_name(*name) for name in names]
     if runs.duplicated(KEY).any():  # the same seed in two folders
         runs["learner"] += " in " + runs["folder"]
     return runs, pd.concat(curves, ignore_index=True)
 
 
 def read_run(folder: Path) -> tuple[dict, pd.DataFrame]:
-    """What is known of one run, and its evaluations: update, score, return_mean."""
-    info = json.loads((folder / "run.json").read_text())
+    """What is known of one run, and its evaluations: update, online_steps, score, return_mean.
+
+    `updates` are all of them, `online_steps` of a run the steps that it takes in the end.
+    """
+    info = read_record(folder)
     config, finished = info["config"], info["status"] == "finished"
-    dataset = config.get("dataset") or config["environment"]  # online learners have no dataset
-    family, algorithm, *rest = folder.resolve().parts[-4 - dataset.count("/") - 1 :]
-    if rest != [*dataset.split("/"), config["variant"], f"seed-{config['seed']}"]:
-        raise ValueError(f"it is not in .../{dataset}/{config['variant']}/seed-{config['seed']}")
-    run = {"family": family, "algorithm": algorithm, "dataset": dataset, "variant": config["variant"]}
-    run |= {"seed": config["seed"], "finished": finished, "dataset_hash": info.get("dataset_hash", "")}
-    run |= {"updates": config["updates"], **{name: info.get(name) if finished else None for name in FINAL}}
-    curve = pd.DataFrame(columns=["update", "eval/score", "eval/return_mean"], dtype=float)
+    steps = config.get("online_steps", 0)
+    run = name_run(folder, info) | {"finished": finished, "dataset_hash": info.get("dataset_hash", "")}
+    run |= {"switch": config["updates"], "online_steps": steps}
+    run |= {"updates": config["updates"] + steps * config.get("updates_per_step", 1)}
+    run |= {name: info.get(name) if finished else None for name in FINAL}
+    columns = ["update", "online/steps", "eval/score", "eval/return_mean"]
+    curve = pd.DataFrame(columns=columns, dtype=float)
     if (folder / "metrics.csv").exists():
         metrics = pd.read_csv(folder / "metrics.csv")
-        curve = metrics.reindex(columns=curve.columns).dropna(subset="eval/return_mean")
-    return run, curve.rename(columns=lambda name: name.removeprefix("eval/"))
-
-
-def name_learner(run: dict) -> str:
-    """Algorithm and variant, as the report names them."""
-    names = (run["family"], run["algorithm"], run["variant"])
-    return " ".join(name for name in names if name not in ("offline", "default"))
+        curve = metrics.reindex(columns=columns).dropna(subset="eval/return_mean")
+        curve["online/steps"] = curve["online/steps"].fillna(0.0)
+    return run, curve.rename(columns={name: name.replace("online/", "online_").removeprefix("eval/")
+                                      for name in columns})
 
 
 # ------------------------------------------------ The table ------------------------------------------------
@@ -96,7 +118,7 @@ def final_table(runs: pd.DataFrame) -> pd.DataFrame:
         done, waiting = group[group["finished"]], int((~group["finished"]).sum())
         shown = {name: show_final(done[name]) for name in FINAL}
         seeds = f"{len(done)}" + f" (and {waiting} not finished)" * (waiting > 0)
-        rows.append([dataset, learner, *shown.values(), seeds, span(group["updates"])])
+        rows.append([escape(dataset), escape(learner), *shown.values(), seeds, span(group["updates"])])
     columns = ["Dataset", "Algorithm", "Score", "Return", "Best on the way", "Seeds", "Updates"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -110,48 +132,54 @@ def show_final(values: pd.Series) -> str:
 # ----------------------------------------------- The picture -----------------------------------------------
 
 
-def mean_curve(curve: pd.DataFrame, column: str) -> pd.Series:
-    """Mean over runs by update, at the updates at which each of them was evaluated."""
-    table = curve.pivot(index="update", columns="run", values=column)
-    return table.dropna().mean(axis=1)
+def mean_curve(curve: pd.DataFrame, column: str) -> pd.DataFrame:
+    """x and y: means over runs at the updates at which each of them was evaluated."""
+    tables = {name: curve.pivot(index="update", columns="run", values=name) for name in ("x", column)}
+    shared = tables[column].notna().all(axis=1)
+    return pd.DataFrame({name: table[shared].mean(axis=1) for name, table in tables.items()})
 
 
-def describe(runs: pd.DataFrame) -> str:
+def describe(runs: pd.DataFrame) -> list[str]:
     """What must be known to compare the lines of one panel; empty if nothing is amiss."""
-    seeds, notes = runs.groupby("learner")["seed"].nunique(), []
-    single = sorted(seeds[seeds == 1].index)
-    if len(single) == len(seeds):
-        notes.append("one seed each: no spread is known")
-    elif single:
-        notes.append(f"one seed: {', '.join(single)}")
-    if runs["updates"].nunique() > 1:
-        notes.append(f"unequal updates: {span(runs['updates'])}")
+    notes = note_runs(runs.groupby("learner")["seed"].nunique().to_dict(), runs["updates"])
     if runs["dataset_hash"].nunique() > 1:
         notes.append(f"{runs['dataset_hash'].nunique()} versions of the data")
     waiting = int((~runs["finished"]).sum())
     if waiting:
         notes.append(f"not finished: {waiting} of {len(runs)} runs")
-    return "\n".join(textwrap.fill(note, 46) for note in notes)  # characters that a panel has room for
+    return notes
+
+
+def place(runs: pd.DataFrame, curves: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Runs and evaluations of one panel with their `x`: updates, or steps of experience."""
+    longest = runs["online_steps"].max()
+    if not longest:
+        return runs.assign(x=runs["updates"]), curves.assign(x=curves["update"])
+    switches = curves["run"].map(runs.set_index("run")["switch"])
+    places = [experience(*row, longest) for row in zip(curves["update"], curves["online_steps"], switches)]
+    return runs.assign(x=runs["online_steps"]), curves.assign(x=np.array(places, float))
 
 
 def draw(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure:
-    """A panel a dataset."""
+    """A panel a dataset, and another one for what goes on online there."""
     learners = sorted({*runs["learner"]})
     look = dict(zip(learners, cycle(LOOKS)))
-    groups = list(runs.groupby("dataset"))
+    groups = list(runs.groupby(["dataset", runs["online_steps"] > 0]))
     figure, axes = panels(len(groups))
-    for axis, (dataset, group) in zip(axes, groups):
-        evaluated = curves[curves["run"].isin(group["run"])]
+    for axis, ((dataset, online), group) in zip(axes, groups):
+        group, evaluated = place(group, curves[curves["run"].isin(group["run"])])
         finals = group[group["finished"] & group["return_mean"].notna()]
         scored = evaluated["score"].notna().all() and finals["score"].notna().all()
         column = "score" if scored else "return_mean"
         for learner, members in group.groupby("learner"):
             draw_line(axis, members, evaluated, column, look[learner])
-        axis.set_title("\n".join(filter(None, [dataset, describe(group)])))
-        axis.set(xlabel="gradient updates", ylabel="score" if scored else "return")
-        axis.set_xlim(left=0)
+        entitle(axis, f"{dataset}, then online" if online else dataset, describe(group))
+        axis.set_ylabel("score" if scored else "return")
         axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if online:
+            label_switch(axis, group["online_steps"].max())
+        else:
+            label_updates(axis)
     add_legend(figure, learners, look)
     return figure
 
@@ -161,13 +189,13 @@ def draw_line(axis, members: pd.DataFrame, curves: pd.DataFrame, column: str, lo
     style, color = look
     curves = curves[curves["run"].isin(members["run"])]
     for _, curve in curves.groupby("run"):
-        axis.plot(curve["update"], curve[column], color=color, lw=0.8, alpha=0.45)
+        axis.plot(curve["x"], curve[column], color=color, lw=0.8, alpha=0.45)
     mean = mean_curve(curves, column)
-    axis.plot(mean.index, mean, color=color, ls=style, lw=2)
+    axis.plot(mean["x"], mean[column], color=color, ls=style, lw=2)
     finals = members[members["finished"] & members["return_mean"].notna()]
     if len(finals):
         value = np.mean(finals[column].astype(float))
-        axis.plot(finals["updates"].max(), value, "D", color=color, ms=6, mec="white", zorder=3)
+        axis.plot(finals["x"].max(), value, "D", color=color, ms=6, mec="white", zorder=3)
 
 
 # ----------------------------------------------- Command line -----------------------------------------------
@@ -177,7 +205,8 @@ def plot(folders: list[Path], output: Path) -> None:
     if output.suffix not in SUFFIXES:
         raise UserError(f"--output: {output} ends in none of {', '.join(SUFFIXES)}")
     runs, curves = find_runs(folders)
-    print(markdown(final_table(runs)))
+    table = final_table(runs)
+    print(markdown(table.columns, table.to_numpy()))
     if curves.empty and runs["return_mean"].isna().all():
         raise UserError("no run has been evaluated yet, so there is nothing to draw")
     with matplotlib.rc_context(STYLE):
@@ -190,12 +219,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="where to look for runs")
     parser.add_argument("--output", type=Path, help="the picture (curves.png in the first folder)")
     options = parser.parse_args(arguments)
-    try:
-        plot(options.folders, options.output or options.folders[0] / "curves.png")
-    except (UserError, OSError) as error:
-        print(f"plot.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("plot.py", plot, options.folders, options.output or options.folders[0] / "curves.png")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@
 
 A row is one evaluation of a run, so results/scores alone draws every learning curve, against updates or wall
 time. The last row of a run, of phase `final`, is its score and holds what is known of the run as a whole.
+A run that goes on online has phases `offline` and `online` for `training`, and columns of its own: the steps
+of experience, the score at the switch, the lowest after it and the regret.
 A run counts if its settings are those of a file under configs/, which the README links. Gathered again, a run
 replaces its own rows; those of other runs stay.
 """
 
 import argparse
 import ast
-import json
 import re
 import runpy
 import sys
@@ -20,15 +21,29 @@ from pathlib import Path
 from statistics import mode
 
 import pandas as pd
+from common import (
+    DAMAGED,
+    KEY,
+    ROOT,
+    config_file,
+    escape,
+    exit_status,
+    learner_name,
+    link,
+    markdown,
+    name_run,
+    read_record,
+    show,
+    write,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
-KEY = ["family", "algorithm", "dataset", "variant", "seed"]  # names a run
 RESULT = ["score", "return_mean", "return_std", "length_mean", "success"]
 CLOCK = ["wall_seconds", "updates_per_second"]
 RECORD = ["commit", "config_hash", "dataset_hash", "device", "versions"]
 COLUMNS = [*KEY, "update", "phase", *RESULT, "episodes", "best_score", *CLOCK, *RECORD]
+SWITCH = ["score_at_switch", "lowest_score_after_switch", "regret"]
+ONLINE = ["online_steps", *SWITCH]  # only in files that have runs which went on online
 FREE = {"seed", "eval_every", "eval_episodes"}  # a run may take these from the command line
-DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what a broken record of a run raises
 YARDSTICKS = {  # columns of the table of algorithms
     "umaze: stitching": "reef/pointmaze/umaze-v0",
     "halfcheetah: mixed": "reef/halfcheetah/medium-replay-v1",
@@ -51,12 +66,6 @@ FAMILIES = {
     "evaluate": "Value from logs",
     "collect": "Online (makes our data)",
 }
-
-
-def config_file(family: str, algorithm: str, dataset: str, variant: str) -> Path:
-    """Where the settings of a variant are, from the root."""
-    suffix = "" if variant == "default" else f"-{variant}"
-    return Path("configs", family, algorithm, f"{dataset}{suffix}.yaml")
 
 
 @cache
@@ -84,17 +93,25 @@ def objection(family: str, algorithm: str, info: dict) -> str:
     return ", ".join(f"{name} is {config[name]}, and {wanted[name]} in {file}" for name in changed)
 
 
-def read_run(folder: Path, family: str, algorithm: str, info: dict) -> pd.DataFrame:
+def read_run(folder: Path, name: dict, info: dict) -> pd.DataFrame:
     """The rows of one finished run."""
+    config = info["config"]
     metrics = pd.read_csv(folder / "metrics.csv").dropna(subset="eval/return_mean")
-    metrics = metrics.rename(columns=lambda name: re.sub("^(eval|time)/", "", name)).assign(phase="training")
-    final = {name: info[name] for name in [*RESULT, "best_score", *CLOCK, *RECORD]}
-    final["versions"] = " ".join(f"{name}=={version}" for name, version in sorted(info["versions"].items()))
-    final |= {"update": info["config"]["updates"], "phase": "final"}
+    metrics = metrics.rename(columns=lambda column: re.sub("^(eval|time)/", "", column))
+    metrics = metrics.assign(phase="training")
+    final = {column: info[column] for column in [*RESULT, "best_score", *CLOCK, *RECORD]}
+    final["versions"] = " ".join(f"{each}=={version}" for each, version in sorted(info["versions"].items()))
+    final |= {"update": config["updates"], "phase": "final"}
+    if "online_steps" in config:
+        before = metrics["update"] <= config["updates"]
+        metrics["phase"] = before.map({True: "offline", False: "online"})
+        metrics["online_steps"] = metrics.get("online/steps", 0.0)
+        metrics.loc[before, "online_steps"] = 0.0
+        final |= {column: info[column] for column in SWITCH} | {"online_steps": config["online_steps"]}
+        final["update"] += config["online_steps"] * config["updates_per_step"]
     episodes = pd.read_csv(folder / "evaluations.csv").groupby(["update", "phase"], as_index=False).size()
     rows = pd.concat([metrics, pd.DataFrame([final])]).merge(episodes.rename(columns={"size": "episodes"}))
-    run = {name: info["config"][name] for name in ("dataset", "variant", "seed")}
-    return rows.assign(family=family, algorithm=algorithm, **run).reindex(columns=COLUMNS)
+    return rows.assign(**name).reindex(columns=COLUMNS + ONLINE)
 
 
 def read_scores() -> pd.DataFrame:
@@ -109,45 +126,36 @@ def gather(runs: Path) -> None:
     """Merges the finished runs under `runs` into results/scores, and names the others."""
     gathered = {}
     for file in sorted(runs.glob("*/*/**/seed-*/run.json")):
-        family, algorithm = file.relative_to(runs).parts[:2]
         try:
-            info = json.loads(file.read_text())
-            problem = objection(family, algorithm, info)
-            rows = pd.DataFrame() if problem else read_run(file.parent, family, algorithm, info)
+            info = read_record(file.parent)
+            name = name_run(file.parent, info)
+            problem = objection(name["family"], name["algorithm"], info)
+            if not problem:
+                gathered[tuple(name.values())] = read_run(file.parent, name, info)
         except DAMAGED as error:
             problem = f"its record cannot be read: {error!r:.150}"
         if problem:
             print(f"skipped {file.parent}: {problem}")
-        else:
-            gathered[tuple(rows[KEY].iloc[0])] = rows
     everything = dict(list(read_scores().groupby(KEY))) | gathered
     for algorithm in sorted({key[1] for key in gathered}):
         ours = sorted(key for key in everything if key[1] == algorithm)
+        table = pd.concat([everything[key].dropna(axis=1, how="all") for key in ours])
+        if "online_steps" in table:
+            table = table.reindex(columns=COLUMNS + ONLINE).astype({"online_steps": "Int64"})
+        else:
+            table = table.reindex(columns=COLUMNS)
         file = ROOT / f"results/scores/{algorithm}.csv"
-        write(file, pd.concat([everything[key] for key in ours]).to_csv(index=False, float_format="%.6g"))
+        write(file, table.to_csv(index=False, float_format="%.6g"))
         print(f"{file.relative_to(ROOT)}: {len(gathered.keys() & {*ours})} of {len(ours)} runs gathered")
-
-
-def write(file: Path, text: str) -> None:
-    """All of it or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.with_suffix(".new").write_text(text)
-    file.with_suffix(".new").replace(file)
-
-
-def show(values: pd.Series) -> str:
-    """Mean and, of several, standard deviation."""
-    return f"{values.mean():z.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
 
 
 def scores_table(finals: pd.DataFrame) -> str:
     """A row a dataset, a column an algorithm: scores, or returns where no reference is known."""
     cells, lengths = {}, {}
     for (family, algorithm, dataset, variant), rows in finals.groupby(KEY[:-1]):
-        names = [name for name in (family, algorithm, variant) if name not in ("offline", "default")]
-        place = dataset, " ".join(names)
+        place = dataset, learner_name(family, algorithm, variant)
         value = show(rows["score"]) if rows["score"].notna().all() else f"return {show(rows['return_mean'])}"
-        cells[place] = f"[{value}](../{config_file(family, algorithm, dataset, variant)})"
+        cells[place] = link(value, Path("..", config_file(family, algorithm, dataset, variant)))
         seeds = f"{len(rows)} seed" + "s" * (len(rows) > 1)
         lengths[place] = seeds, f"{rows['update'].max():,} updates"
     if not cells:
@@ -157,7 +165,9 @@ def scores_table(finals: pd.DataFrame) -> str:
         unusual = ", ".join(text for text, often in zip(length, usual) if text != often)
         cells[place] += f" ({unusual})" * bool(unusual)
     note = f"Final scores, mean ± standard deviation over training seeds ({', '.join(usual)} if not stated)."
-    return f"{note}\n\n{markdown(pd.Series(cells).unstack(fill_value='').reset_index(names='Dataset'))}"
+    datasets, learners = (sorted({*names}) for names in zip(*cells))
+    rows = [[escape(name), *(cells.get((name, learner), "") for learner in learners)] for name in datasets]
+    return f"{note}\n\n{markdown(['Dataset', *map(escape, learners)], rows)}"
 
 
 def is_learner(text: str) -> bool:
@@ -186,7 +196,7 @@ def algorithms_table(finals: pd.DataFrame) -> str:
         own = banners[0] if banners else len(lines)  # one without a toolbox is all its own
         row = {
             "Route": route(family, path.stem),
-            "Algorithm": f"[{name}](algorithms/{family}/{file})",
+            "Algorithm": link(name, f"algorithms/{family}/{file}"),
             "Paper": f"[{paper}](https://arxiv.org/abs/{number})" if number else paper,
             "Lines": f"{own} + {len(lines) - own}",
         }
@@ -202,12 +212,7 @@ def algorithms_table(finals: pd.DataFrame) -> str:
     rows.sort(key=lambda row: order.index(row["Route"]) if row["Route"] in order else len(order))
     table = pd.DataFrame(rows)
     table["Route"] = table["Route"].where(~table["Route"].duplicated(), "")
-    return markdown(table)
-
-
-def markdown(table: pd.DataFrame) -> str:
-    rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+    return markdown(table.columns, table.to_numpy())
 
 
 def pages() -> dict[str, str]:
@@ -222,11 +227,7 @@ def pages() -> dict[str, str]:
     return texts
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Gathers finished runs and writes the tables of the pages.")
-    parser.add_argument("runs", nargs="?", type=Path, default=ROOT / "results/runs", help="their folder")
-    parser.add_argument("--check", action="store_true", help="only tell whether a page is stale")
-    options = parser.parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
     if options.check:
         stale = [file for file, text in pages().items() if text != (ROOT / file).read_text()]
         print(f"{', '.join(stale)}: stale, make scores" if stale else "the pages are up to date")
@@ -235,6 +236,14 @@ def main(arguments: list[str]) -> int:
     for file, text in pages().items():
         write(ROOT / file, text)
     return 0
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description="Gathers finished runs and writes the tables of the pages.")
+    parser.add_argument("runs", nargs="?", type=Path, default=ROOT / "results/runs", help="their folder")
+    parser.add_argument("--check", action="store_true", help="only tell whether a page is stale")
+    options = parser.parse_args(arguments)
+    return exit_status("scores.py", run, options)
 
 
 if __name__ == "__main__":

@@ -30,17 +30,17 @@ from pathlib import Path
 import filelock
 import yaml
 from benchmark import (
-    ROOT,
+    GO_ON,
     Run,
-    UserError,
     check_datasets,
     expand,
     is_finished,
     list_cores,
-    read_record,
     read_script,
+    record_of,
     run_local,
 )
+from common import ROOT, UserError, exit_status, write
 
 Range = dict  # {"low", "high", "log"} or {"choices"}
 RESULT = ["score", "spread", "state", "seeds", "updates", "episodes", "seconds", "variant", "search"]
@@ -116,7 +116,7 @@ def make_runs(options: argparse.Namespace, fields: dict) -> list[Run]:
 
 def judge(runs: list[Run], failed: set[Path]) -> dict:
     """What a trial came to; its score is None where a run failed."""
-    records = [read_record(run) for run in runs]
+    records = [record_of(run) for run in runs]
     kind = "return_mean" if any(record.get("score") is None for record in records) else "score"
     values = [record.get(kind) for record in records]
     failed = any(run.folder in failed for run in runs)
@@ -158,8 +158,7 @@ def write_trials(file: Path, trials: list[dict], names: list[str]) -> None:
     writer = csv.DictWriter(text, ["trial", *names, *RESULT])
     writer.writeheader()
     writer.writerows(trials)
-    file.with_suffix(".new").write_text(text.getvalue())
-    file.with_suffix(".new").replace(file)
+    write(file, text.getvalue())
 
 
 def start_study(optuna, spaces: dict, ranges: dict[str, Range], trials: list[dict]):
@@ -203,7 +202,7 @@ def search(optuna, options: argparse.Namespace, ranges: dict[str, Range], file: 
         proposed = propose(study, spaces, ranges, min(at_once, options.trials - len(trials)))
         runs = [make_runs(options, fields) for _, fields in proposed]
         distinct = {run.folder: run for several in runs for run in several}  # it may propose the same again
-        missing = [run for run in distinct.values() if not is_finished(run, read_record(run))]
+        missing = [run for run in distinct.values() if not is_finished(run, record_of(run))]
         failed = {run.folder for run in run_all(missing, options)}
         for (trial, fields), several in zip(proposed, runs):
             result = judge(several, failed)
@@ -288,15 +287,7 @@ def main(arguments: list[str]) -> int:
     if "/" not in options.algorithm:
         options.algorithm = f"offline/{options.algorithm}"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
-    try:
-        tune(options)
-        return 0
-    except (UserError, OSError) as error:
-        message, status = str(error), 2
-    except KeyboardInterrupt:
-        message, status = "interrupted; the same command goes on from what is saved", 130
-    print(f"tune.py: {' '.join(message.split())}", file=sys.stderr)
-    return status
+    return exit_status("tune.py", tune, options, advice=GO_ON)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import argparse
 import ctypes.util
 import importlib
 import inspect
-import json
 import os
 import sys
 import time
@@ -31,14 +30,10 @@ import imageio.v3 as imageio
 import numpy as np
 import pandas as pd
 import torch
+from common import DAMAGED, ROOT, UserError, exit_status, name_run, read_record, write
 
-ROOT = Path(__file__).resolve().parents[1]
 FPS = 20  # of the animation, or a little more or less
 PACKAGES = "apt-get install libegl1 libgl1-mesa-dri"
-
-
-class UserError(Exception):
-    """What the user can mend: one line on stderr and exit status 2."""
 
 
 # ------------------------------------------------- The run -------------------------------------------------
@@ -47,19 +42,21 @@ class UserError(Exception):
 def open_run(folder: Path) -> tuple[ModuleType, dict]:
     """The script that made the run, and run.json."""
     try:
-        info = json.loads((folder / "run.json").read_text())
-        config = info["config"]
-        source = config.get("dataset") or config["environment"]
-        status, parts = info["status"], folder.resolve().parts
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        info = read_record(folder)
+    except DAMAGED as error:
         raise UserError(f"{folder} is no folder of a run: {error!r:.150}") from None
-    family, algorithm = [*parts[: -source.count("/") - 3], "", ""][-4:-2]
-    script = ROOT / "algorithms" / family / f"{algorithm}.py"
+    try:
+        name = name_run(folder, info)
+    except DAMAGED as error:
+        raise UserError(f"{folder} is not where a script puts its runs: {error}") from None
+    algorithm = name["algorithm"]
+    script = ROOT / "algorithms" / name["family"] / f"{algorithm}.py"
     if not script.is_file():
         raise UserError(f"{folder} is not where a script puts its runs: there is no {script}")
-    if "dataset" not in config:
-        raise UserError(f"{folder} is a run of {family}/{algorithm}, which learns online and has no `load`")
-    if status != "finished":
+    if "dataset" not in info["config"]:
+        kind = f"{name['family']}/{algorithm}"
+        raise UserError(f"{folder} is a run of {kind}, which learns online and has no `load`")
+    if info["status"] != "finished":
         print(f"the run is not finished ({info['result']}): this is the policy of its last checkpoint")
     sys.path.append(str(script.parent))
     return importlib.import_module(algorithm), info
@@ -162,10 +159,8 @@ def film(learner, env: gym.Env, episodes: int, seed: tuple, seconds: float, outp
             if len(rewards) % every == 0 and len(frames) < most:  # a frame takes a hundred steps' time
                 frames.append(env.render())
         rows.append({"return": sum(rewards), "length": len(rewards), "success": success})
-    new = output.with_name(f"{output.stem}.new{output.suffix}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(new, np.stack(frames or [env.render()]), duration=1000 * every / fps, loop=0)
-    new.replace(output)
+    pictures = np.stack(frames or [env.render()])
+    write(output, imageio.imwrite("<bytes>", pictures, extension=".gif", duration=1000 * every / fps, loop=0))
     return pd.DataFrame(rows)
 
 
@@ -246,15 +241,7 @@ def main(arguments: list[str]) -> int:
             parser.error(f"--{name} has to be more than 0")
     if options.seed < 0:
         parser.error("--seed has to be at least 0")
-    try:
-        watch(options)
-    except (UserError, OSError) as error:
-        print(f"watch.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("watch.py: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status("watch.py", watch, options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,193 @@
+"""The report's figures, whose style tools/plot.py has too. No program: report.py is."""
+
+import io
+import itertools
+import math
+import re
+import textwrap
+from collections.abc import Iterable, Iterator
+from operator import attrgetter
+
+import matplotlib
+import numpy as np
+from common import span
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, MaxNLocator
+from report_statistics import Cell, Comparison, by_suite
+
+BASELINE = "bc"  # the data's own worth
+OFFLINE = 0.25  # as wide as this share of the online phase
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8B6FD6", "#9A7D0A", "#808080"]  # on light and dark
+DASHES = ["-", "--", ":", "-."]
+LOOKS = [  # some eyes take one of the last three colors for one of the first four: they differ in dashes, too
+    (DASHES[(turn + i // 4) % 4], color) for turn in range(4) for i, color in enumerate(COLORS)]
+STYLE = {"axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False, "font.size": 9,
+         "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6", "axes.axisbelow": True,
+         "legend.frameon": False, "pdf.fonttype": 42}
+
+
+# ------------------------------------------------- Figures -------------------------------------------------
+
+
+def looks(cells: Iterable[Cell]) -> dict[str, tuple[str, str]]:
+    """Line style and color of every learner, the same everywhere."""
+    return dict(zip(sorted({cell.learner for cell in cells}), itertools.cycle(LOOKS)))
+
+
+def draw_figures(cells: list[Cell], comparisons: list[Comparison]) -> Iterator[tuple[str, Figure]]:
+    """All figures with their names, one at a time: together they would take much memory."""
+    look, compared = looks(cells), [one for one in comparisons if one.cells]
+    with matplotlib.rc_context(STYLE):
+        if compared:
+            yield "aggregates", draw_aggregates(compared, look)
+            yield "profiles", draw_profiles(compared, look)
+        for suite, group in by_suite(cells):
+            yield f"curves-{slug(suite)}", draw_curves(group, look, time=False)
+            yield f"time-{slug(suite)}", draw_curves(group, look, time=True)
+
+
+def slug(suite: str) -> str:
+    """A suite's name as a part of file names."""
+    return re.sub(r"[^\w.-]+", "-", suite)
+
+
+def draw_aggregates(comparisons: list[Comparison], look: dict) -> Figure:
+    """IQM and P(> baseline) of every learner with their intervals, a row a suite."""
+    heights = [len(one.cells) + 1.5 for one in comparisons]
+    figure = Figure(figsize=(8, 0.32 * sum(heights) + 0.3), layout="constrained")
+    rows = figure.subplots(len(comparisons), 2, squeeze=False, height_ratios=heights, sharey="row")
+    for (left, right), one in zip(rows, comparisons):
+        for place, name in enumerate(one.cells):
+            pairs = {left: one.iqm[name], right: one.improvement.get((name, BASELINE))}
+            for axis, estimate in pairs.items():
+                if estimate:
+                    axis.plot(estimate[1:], [place] * 2, color=look[name][1], lw=5, alpha=0.35,
+                              solid_capstyle="butt")
+                    axis.plot(estimate.value, place, "o", color=look[name][1], ms=6)
+        left.set_yticks(range(len(one.cells)), one.cells)
+        left.set_ylim(len(one.cells) - 0.4, -0.6)
+        left.set_title(f"{one.suite}: IQM of the score (datasets: {len(one.datasets)})")
+        right.set_title(f"P(better than {BASELINE})")
+        right.set_xlim(-0.03, 1.03)
+        right.axvline(0.5, color="#888888", lw=1, ls="--", zorder=0)
+        for axis in (left, right):
+            axis.tick_params(axis="y", length=0)
+            axis.grid(axis="y", visible=False)
+    return figure
+
+
+def add_legend(figure: Figure, names: Iterable[str], look: dict) -> None:
+    lines = [Line2D([], [], ls=look[name][0], color=look[name][1], lw=2, label=name) for name in names]
+    figure.legend(handles=lines, loc="outside upper left", ncols=int(figure.get_figwidth() / 1.2))  # inches
+
+
+def panels(count: int) -> tuple[Figure, list]:
+    """A figure of that many axes, at most three in a row."""
+    columns = min(count, 3)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(max(3.4 * columns, 4.5), 2.5 * rows + 0.5), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.set_axis_off()
+    return figure, axes[:count]
+
+
+def draw_profiles(comparisons: list[Comparison], look: dict) -> Figure:
+    """Share of the runs above each score, a panel a suite."""
+    figure, axes = panels(len(comparisons))
+    for axis, one in zip(axes, comparisons):
+        for name, profile in one.profiles.items():
+            style, color = look[name]
+            axis.plot(one.thresholds, profile.value, color=color, ls=style, lw=1.8)
+            axis.fill_between(one.thresholds, *profile[1:], color=color, alpha=0.15, lw=0)
+        axis.set(title=one.suite, xlabel="score τ", ylabel="share of runs above τ", ylim=(-0.02, 1.02))
+    add_legend(figure, sorted({name for one in comparisons for name in one.cells}), look)
+    return figure
+
+
+def note_runs(counts: dict[str, int], updates: Iterable[int]) -> list[str]:
+    """What must be known to compare lines, given the seeds of each learner and the updates of all runs."""
+    single, notes = sorted(name for name, count in counts.items() if count == 1), []
+    if single and len(single) == len(counts):
+        notes.append("one seed each: no spread is known")
+    elif single:
+        notes.append(f"one seed: {', '.join(single)}")
+    if len({*updates}) > 1:
+        notes.append(f"unequal updates: {span(updates)}")
+    return notes
+
+
+def entitle(axis, title: str, notes: Iterable[str]) -> None:
+    """Notes stand below the title, in lines that a panel has room for."""
+    axis.set_title("\n".join([title, *(textwrap.fill(note, 46) for note in notes)]))
+
+
+def label_updates(axis) -> None:
+    axis.set(xlabel="gradient updates", xlim=(0, None))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def label_switch(axis, longest: float) -> None:
+    """Steps of experience from 0, the switch; left of it is the offline phase, on a scale of its own."""
+    axis.axvline(0, color="#888888", lw=1, ls="--", zorder=0)
+    axis.set(xlabel="offline  |  steps of experience", xlim=(-OFFLINE * longest, None))
+    ticks = [tick for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, longest) if tick >= 0]
+    axis.set_xticks(ticks)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def experience(updates: np.ndarray, steps: np.ndarray, switch: int, longest: float) -> np.ndarray:
+    """Where evaluations stand on that axis: the offline phase takes OFFLINE of the online one's room."""
+    return np.where(steps > 0, steps, OFFLINE * longest * (np.minimum(updates / max(switch, 1), 1) - 1))
+
+
+def draw_curves(cells: list[Cell], look: dict, time: bool) -> Figure:
+    """Mean and range over seeds and the final score, a panel a dataset: against time, else against updates,
+    or steps of experience where runs go on online.
+    """
+    datasets = {name: list(group) for name, group in itertools.groupby(cells, attrgetter("dataset"))}
+    figure, axes = panels(len(datasets))
+    longest = max(cell.runs["wall_seconds"].mean() for cell in cells)
+    unit, seconds = ("hours", 3600) if longest > 3 * 3600 else ("minutes", 60)
+    for axis, (dataset, group) in zip(axes, datasets.items()):
+        scored = all(cell.runs["score"].notna().all() for cell in group)
+        column = "score" if scored else "return_mean"
+        longest_steps = max(cell.runs["online_steps"].max() for cell in group)
+        for cell in group:
+            style, color = look[cell.learner]
+            switched = cell.goes_online and not time
+            last = cell.runs["wall_seconds"].mean() / seconds if time else cell.runs["update"].max()
+            last = cell.runs["online_steps"].max() if switched else last
+            axis.plot(last, cell.runs[column].mean(), "D", color=color, ms=6, mec="white", zorder=3)
+            if len(cell.curve):
+                x = cell.curve["wall_seconds", "mean"] / seconds if time else cell.curve.index
+                x = experience_of(cell, longest_steps) if switched else x
+                axis.plot(x, cell.curve[column, "mean"], color=color, ls=style, lw=1.5)
+                axis.fill_between(x, cell.curve[column, "min"], cell.curve[column, "max"], color=color,
+                                  alpha=0.15, lw=0)
+        counts = {cell.learner: len(cell.runs) for cell in group}
+        entitle(axis, dataset, note_runs(counts, [count for cell in group for count in cell.runs["update"]]))
+        axis.set_ylabel("score" if scored else "return")
+        axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        if time:
+            axis.set(xlabel=f"{unit} of training and evaluation", xlim=(0, None))
+        elif group[0].goes_online:
+            label_switch(axis, longest_steps)
+        else:
+            label_updates(axis)
+    add_legend(figure, sorted({cell.learner for cell in cells}), look)
+    return figure
+
+
+def experience_of(cell: Cell, longest: float) -> np.ndarray:
+    """`experience` of a cell's curve."""
+    steps = cell.curve["online_steps", "mean"].to_numpy()
+    return experience(cell.curve.index.to_numpy(), steps, cell.switch, longest)
+
+
+def save(figure: Figure, suffix: str) -> bytes:
+    """The same bytes every time."""
+    file = io.BytesIO()
+    figure.savefig(file, format=suffix, dpi=150, metadata={"CreationDate": None} if suffix == "pdf" else {})
+    return file.getvalue()
