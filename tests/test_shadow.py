@@ -303,7 +303,7 @@ def test_where_no_share_is_of_all_the_last_one_is_still_compared():
     assert row["rule"] == "harm: stop"
 
 
-@pytest.mark.parametrize("text", ["", "0.1 0.1", "0.5 0.2", "0 1", "0.1 1.5", "-0.1 1", "some", "0.1 nan"])
+@pytest.mark.parametrize("text", ["", "1", "0.1 0.1", "0.5 0.2", "0 1", "0.1 1.5", "-0.1 1", "some", "0.1 nan"])
 def test_shares_have_to_rise(text):
     with pytest.raises(script.UserError, match="shares: "):
         script.read_shares(text)
@@ -412,7 +412,7 @@ def test_from_the_log_to_the_handover_in_steps_as_at_once(call, tmp_path):
 
 REFUSED = {
     "other rules": ({"alpha": 0.1, "margin": 0.5}, "under other rules: alpha 0.05 -> 0.1, margin 0.4 -> 0.5"),
-    "other past": ({"live": "test/shadow/other-v0"}, "live episode 1 is another than when it was decided on"),
+    "other past": ({"live": "test/shadow/other-v0"}, "is another than when it was decided on: restore it"),
     "shorter": ({"live": "test/shadow/early-v0"}, "live has 25 episodes; "),
     "taken": ({"live": "test/shadow/live-v0", "handover": LOG}, f"handover: {LOG} is there, of other parts"),
     "no infos": ({"live": "test/shadow/plain-v0"}, "episode 0: its infos lack canary"),
@@ -532,3 +532,9 @@ def test_the_recorded_study():
     fired = decisions.dropna(subset="rule").groupby("policy")["rule"].unique()
     assert "harm: stop" in fired["flattered"]
     assert "harm: stop" not in fired["good"]
+
+
+@needs_package
+def test_the_table_of_the_docs_is_the_recorded_one(tool):
+    lines = tool.table_lines(pd.read_csv(ROOT / "results/shadow/courses.csv"))
+    assert "\n".join(lines) in (ROOT / "docs/deploying.md").read_text()

@@ -144,20 +144,21 @@ def study(seeds: int) -> tuple[pd.DataFrame, pd.DataFrame]:
 # -------------------------------------------- What is written --------------------------------------------
 
 
-def summarize(courses: pd.DataFrame) -> pd.DataFrame:
-    """A row a policy: how its courses ended, and medians."""
-    courses = courses.assign(
-        canary=courses["largest_share"] > 0,
-        beyond_canary=courses["largest_share"] > 0.1,
-        full=courses["largest_share"] == 1,
-        stopped=courses["end"] == "stopped",
-        courses=1,
-    )
-    groups = courses.groupby("policy", sort=False)
-    counts = groups[["courses", "canary", "beyond_canary", "full", "stopped"]].sum()
-    facts = ["exact_gain", "shadow_gain", "shadow_lower", "shadow_ess", "live_gain", "live", "acted"]
-    medians = groups[facts].median()
-    return counts.join(medians).reset_index()
+def table_lines(courses: pd.DataFrame) -> list[str]:
+    """The table of docs/deploying.md, a line a policy: how many of its courses came how far, and medians."""
+    lines = [
+        "| Policy | Exact gain | Gain by the log | Canary allowed | Beyond the canary | Full share | Stopped "
+        "| Live episodes | of these its own |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, group in courses.groupby("policy", sort=False):
+        largest, number = group["largest_share"], len(group)
+        counts = [largest > 0, largest > 0.1, largest == 1, group["end"] == "stopped"]
+        cells = [name, f"{group['exact_gain'].iloc[0]:+.3f}", f"{group['shadow_gain'].median():+.3f}"]
+        cells += [f"{count.sum()} of {number}" for count in counts]
+        cells += [f"{group[column].median():,.0f}" for column in ("live", "acted")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def draw(courses: pd.DataFrame, decisions: pd.DataFrame, file: Path) -> None:
@@ -205,7 +206,7 @@ def main() -> None:
     courses.to_csv(arguments.out / "courses.csv", index=False, float_format="%.4f")
     decisions.to_csv(arguments.out / "decisions.csv", index=False, float_format="%.4f")
     draw(courses, decisions, arguments.picture)
-    print(summarize(courses).to_string(index=False, float_format="{:.3f}".format))
+    print("\n".join(table_lines(courses)))
     print(f"{time.perf_counter() - start:.0f} s; written to {arguments.out} and {arguments.picture}")
 
 

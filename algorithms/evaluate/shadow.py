@@ -245,12 +245,12 @@ class Deployment:
 
 
 def read_shares(text: str) -> list[float]:
-    """Shares of a text, which have to rise."""
+    """Shares of a text, the canary's and more, which have to rise."""
     try:
         shares = [float(word) for word in text.split()]
     except ValueError:
         shares = []
-    if not shares or not all(low < high for low, high in zip([0.0, *shares], [*shares, math.inf])):
+    if len(shares) < 2 or not all(low < high for low, high in zip([0.0, *shares], [*shares, math.inf])):
         raise UserError(f"shares: {text!r} are no rising numbers such as 0.1 0.25 0.5 1")
     if shares[-1] > 1:
         raise UserError(f"shares: {shares[-1]} is more than 1, all episodes")
@@ -440,8 +440,8 @@ def deploy(config: Config) -> None:
                 break
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
     write_whole(folder / "policy.sha256", policy_hash(config.policy))
+    write_whole(folder / "config.yaml", yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
     write_whole(folder / "decisions.csv", as_csv(deployment.rows))
     for row in deployment.rows:
         if row["rule"]:
