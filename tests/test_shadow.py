@@ -303,7 +303,7 @@ def test_where_no_share_is_of_all_the_last_one_is_still_compared():
     assert row["rule"] == "harm: stop"
 
 
-@pytest.mark.parametrize("text", ["", "1", "0.1 0.1", "0.5 0.2", "0 1", "0.1 1.5", "-0.1 1", "some", "0.1 nan"])
+@pytest.mark.parametrize("text", ["", "1", "0.1 0.1", "0.5 0.2", "0 1", "0.1 1.5", "-0.1 1", "x", "0.1 nan"])
 def test_shares_have_to_rise(text):
     with pytest.raises(script.UserError, match="shares: "):
         script.read_shares(text)

@@ -146,11 +146,9 @@ def study(seeds: int) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def table_lines(courses: pd.DataFrame) -> list[str]:
     """The table of docs/deploying.md, a line a policy: how many of its courses came how far, and medians."""
-    lines = [
-        "| Policy | Exact gain | Gain by the log | Canary allowed | Beyond the canary | Full share | Stopped "
-        "| Live episodes | of these its own |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = ["Policy", "Exact gain", "Gain by the log", "Canary allowed", "Beyond the canary", "Full share"]
+    head += ["Stopped", "Live episodes", "of these its own"]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for name, group in courses.groupby("policy", sort=False):
         largest, number = group["largest_share"], len(group)
         counts = [largest > 0, largest > 0.1, largest == 1, group["end"] == "stopped"]

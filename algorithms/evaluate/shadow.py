@@ -86,7 +86,7 @@ class Config:
     """Deployment in steps."""
 
     dataset: str = "reef/sepsis/clinician-v0"  # Minari id of the log, in the order of time
-    policy: str = "behavior"  # folder of a run, behavior or uniform
+    policy: str = "behavior"  # folder of a run, uniform, or behavior: a clone of the logger
     live: str = ""  # Minari id of the episodes since the canary was allowed; empty: none yet
     handover: str = ""  # Minari id that log and live episodes get together when it is time to learn anew
     seed: int = 0  # of networks, batches and the clone
@@ -316,8 +316,7 @@ def watch_log(config: Config, dataset: minari.MinariDataset, done: int) -> pd.Da
         shown = clone(torch.as_tensor(before)).double().numpy()
         likelihoods = clone.log_likelihood(torch.as_tensor(before), torch.as_tensor(later["actions"][mask]))
     log_b[mask] = np.log(later["propensities"][mask]) if "propensities" in later else likelihoods
-    log_pi = log_likelihoods(given, later, config.policy_std) if policy else log_b
-    later["log_ratios"] = log_pi - log_b
+    later["log_ratios"] = log_likelihoods(given, later, config.policy_std) - log_b
     if not choices:
         later["clone_std"] = clone.log_std.detach().clamp(-5, 2).exp().numpy()
     difference, weight = robust_differences(later, q, v, next_v, config.discount)
