@@ -446,9 +446,9 @@ def test_what_is_refused_changes_nothing(call, tmp_path):
     text = file.read_text()
     file.write_text(text.replace("not worse: next share", "", 1))
     assert_refused(call(), "was changed: its decisions do not follow from its episodes")
-    first = text.splitlines()[1]
-    value = float(first.split(",")[5])
-    file.write_text(text.replace(first, first.replace(f",{value},", f",{1 - value},", 1)))
+    cells = text.splitlines()[1].split(",")
+    changed = [*cells[:5], str(1 - float(cells[5])), *cells[6:]]  # the return of the first watched episode
+    file.write_text(text.replace(",".join(cells), ",".join(changed), 1))
     assert_refused(call(), "has another past than when it was watched")
     file.write_text("episode\n")
     assert_refused(call(), "cannot read")
