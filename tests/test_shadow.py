@@ -450,7 +450,7 @@ def test_what_is_refused_changes_nothing(call, tmp_path):
     changed = [*cells[:5], str(1 - float(cells[5])), *cells[6:]]  # the return of the first watched episode
     file.write_text(text.replace(",".join(cells), ",".join(changed), 1))
     assert_refused(call(), "has another past than when it was watched")
-    file.write_text("episode\n")
+    file.write_text("phase\nshadow\n")
     assert_refused(call(), "cannot read")
 
 
