@@ -18,7 +18,7 @@ same page.
 
   (1)  d_i = min_k |a_i - b_ik|        a_i: the policy's action in state i, b_i1 ...: the log's actions in its
                                        NEIGHBOURS nearest states of other episodes, all in [-1, 1]
-  (2)  rare_i: d_i > the NEAR quantile of the log's own d      the log itself would say so of 1 % of its actions
+  (2)  rare_i: d_i > the NEAR quantile of the log's own d      so of 1 % of its actions
   (3)  rare_i = sum_a pi(a|s_i) [b(a|s_i) < RARE_CHOICE]       of choices; b: the clone of the log's policy
 """
 
@@ -52,8 +52,8 @@ LOGGED = "the log's own policy"
 CLONE = "BC, cloned from the log here"
 
 # The rules, stated before any value is known. Whoever changes one does so before looking at a page.
-MOST_RARE = 0.10  # share of rare decisions: above, too much of the policy's course is nobody's experience
-FEW_RARE = 0.03  # thrice what the log says of its own decisions: up to here, a policy stays within the log
+MOST_RARE = 0.10  # share of rare decisions beyond the log's own: above, its course is nobody's experience
+FEW_RARE = 0.03  # up to here, three in a hundred more than the log's own, a policy stays within the log
 LEAST_EPISODES = 50  # effective sample size: below, a mean is not known to a seventh of the outcomes' spread
 WEIGHTS = (0.5, 2.0)  # mean weight: it is 1 where the log shows all that the policy does
 WORST_RATIO = 2.0  # critic's held-out loss to its own: above, it knows its log by heart
@@ -63,6 +63,7 @@ NEIGHBOURS = 50  # states like it
 NEAR = 0.99  # quantile of the log's own distances
 LEAST_DISTANCE = 0.05  # of actions in [-1, 1]: nearer is the same, however exactly a log repeats itself
 RARE_CHOICE = 0.01  # once in a hundred such states
+MOST_SHARED = 0.05  # of held-out episodes: short ones of coarse numbers may repeat by chance
 ROWS = 2_000  # decisions looked at
 LOOKED_UP = 20_000  # steps of the log among which neighbours are sought
 LOSS_ROWS = 4_096  # transitions of a loss
@@ -70,6 +71,10 @@ LOSS_ROWS = 4_096  # transitions of a loss
 
 class UserError(Exception):
     """What the user can mend: one line on stderr and exit status 2."""
+
+
+def paragraphs(text: str) -> list[str]:
+    return text.split("\n\n")
 
 
 @contextlib.contextmanager
@@ -209,12 +214,15 @@ class Log:
 
 
 def check_heldout(log: Log, heldout: Log) -> None:
-    """An error unless both are of the same kind, and no episode is in both."""
+    """An error unless both are of the same kind, and their episodes are others."""
     kinds = [(one.observations.shape[1:], one.actions.shape[1:], one.choices) for one in (log, heldout)]
     if kinds[0] != kinds[1]:
         raise UserError(f"--heldout: {heldout.name} has other observations or actions than {log.name}")
-    shared = len(log.fingerprints() & heldout.fingerprints())
-    if shared:
+    if log.states:
+        return  # courses through numbered states repeat by themselves
+    found = heldout.fingerprints()
+    shared = len(log.fingerprints() & found)
+    if shared > MOST_SHARED * len(found):
         raise UserError(
             f"--heldout: {shared} episodes of {heldout.name} are in {log.name} as well, so they are "
             "not held out"
@@ -394,7 +402,7 @@ def where_rare(judge: Log, departure: Departure) -> pd.DataFrame:
 
 
 def imitation_error(policy: Policy, log: Log, seed: int) -> float:
-    """Mean squared distance to the log's actions in [-1, 1]; of choices, the share that it decides otherwise."""
+    """Mean squared distance to the log's actions in [-1, 1]; of choices, the share of other ones."""
     rows = choose_rows(log, LOSS_ROWS, seed)
     given, logged = answers(policy, log.observations[rows]), log.actions[rows]
     if log.choices:
@@ -404,7 +412,7 @@ def imitation_error(policy: Policy, log: Log, seed: int) -> float:
 
 
 def learner_losses(policy: Policy, log: Log, judge: Log, seed: int) -> dict[str, float]:
-    """The learner's own critic and value losses on transitions of `judge`, with rewards scaled as by `log`."""
+    """The learner's own critic and value losses on transitions of `judge`, rewards scaled as `log`'s."""
     script, learner, config = policy.script, policy.learner, policy.info["config"]
     names = [name for name in ("critic_loss", "value_loss") if hasattr(learner, name)]
     if not names:
@@ -427,7 +435,7 @@ def learner_losses(policy: Policy, log: Log, judge: Log, seed: int) -> dict[str,
     if log.choices:
         batch = learner.encoder.encode_batch(batch)
     torch.manual_seed(seed)
-    return {name: float(getattr(learner, name)(batch)[0]) for name in names}
+    return {name: float(getattr(learner, name)(batch)[0].detach()) for name in names}
 
 
 def measure_losses(policies: list[Policy], log: Log, heldout: Log, seed: int) -> pd.DataFrame:
@@ -448,8 +456,8 @@ def measure_losses(policies: list[Policy], log: Log, heldout: Log, seed: int) ->
 
 
 def measure_drift(log: Log) -> pd.DataFrame:
-    """Thirds of the log's episodes, in its order: means, and the change from the first to the last in deviations
-    and in standard errors."""
+    """Means by thirds of the log's episodes, in its order; and the change from the first to the last, in
+    deviations and in standard errors."""
     episodes = len(log.returns)
     third = np.arange(episodes) * 3 // max(episodes, 3)
     sums = log.columns["rewards"].sum(1) / log.lengths
@@ -474,15 +482,15 @@ def measure_drift(log: Log) -> pd.DataFrame:
         if min(len(parts[0]), len(parts[2])) > 1:
             errors = math.sqrt(parts[0].var(ddof=1) / len(parts[0]) + parts[2].var(ddof=1) / len(parts[2]))
         spread = values.std()
-        rows.append(
-            [
-                name,
-                *means,
-                change / spread if spread > 0 else 0.0,
-                abs(change) / errors if errors > 0 else math.inf if change else 0.0,
-            ]
-        )
+        sure = abs(change) / errors if errors > 0 else math.inf if errors == 0 and change else 0.0
+        rows.append([name, *means, change / spread if spread > 0 else 0.0, sure])
     return pd.DataFrame(rows, columns=["what", "first third", "middle", "last third", "change", "errors"])
+
+
+def most_moved(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of returns, steps and rewards, then eight actions: those that moved most."""
+    actions = table[3:].assign(size=table["change"].abs()).sort_values("size", ascending=False, kind="stable")
+    return pd.concat([table[:3], actions.head(8)])[["what", "first third", "middle", "last third", "change"]]
 
 
 def drifted(table: pd.DataFrame) -> list[str]:
@@ -494,11 +502,11 @@ def drifted(table: pd.DataFrame) -> list[str]:
 # ----------------------------------------------- The verdict -----------------------------------------------
 
 
-RULES = f"""\
+RULES = paragraphs(f"""\
 Not supported: leave it. One of these is enough:
 
-(a) more than {MOST_RARE:.0%} of its decisions are such as the log hardly ever shows in such states: what they
-lead to is nobody's experience, and any value is a guess;
+(a) more than {MOST_RARE:.0%} of its decisions, beyond the share among the log's own, are such as the log
+hardly ever shows in such states: what they lead to is nobody's experience, and any value is a guess;
 
 (b) it is worse than {LOGGED}: the upper end of its interval is below that one's value, by FQE where (j)
 holds, or by WIS or WDR where (e) holds;
@@ -507,7 +515,7 @@ holds, or by WIS or WDR where (e) holds;
 
 Canary: a small, watched share of real decisions, with a rule to stop. All of these are needed:
 
-(d) at most {FEW_RARE:.0%} of its decisions are such as the log hardly ever shows;
+(d) at most {FEW_RARE:.0%} of its decisions, beyond the share among the log's own, are such;
 
 (e) the effective sample size is at least {LEAST_EPISODES} episodes, and the mean weight within {WEIGHTS[0]:g}
 and {WEIGHTS[1]:g}: the log shows what the policy does;
@@ -523,15 +531,15 @@ beyond chance;
 
 (j) FQE can be trusted on this log: its interval for {LOGGED} meets what the log really earned.
 
-Shadow: everything else. The policy runs beside the present one and decides nothing; what it would have done is
-compared.""".split("\n\n")
+Shadow: everything else. The policy runs beside the present one and decides nothing; what it would have
+done is compared.""")
 
 
 @dataclasses.dataclass
 class Facts:
     """All that the rules ask of a policy."""
 
-    rare: float
+    rare: float  # share of decisions that the log hardly ever shows, beyond that of its own
     values: dict[str, tuple[float, float, float]]  # of TRUSTED: value, low, high
     logged: float  # value of the log's own policy
     ess: float
@@ -549,7 +557,7 @@ def judge_policy(facts: Facts) -> tuple[str, list[str]]:
     counts = {"FQE": facts.calibrated, "WIS": shown, "WDR": shown}
     against = []
     if facts.rare > MOST_RARE:
-        against.append(f"(a) the log hardly ever shows {facts.rare:.0%} of its decisions")
+        against.append(f"(a) hardly ever shown: {facts.rare:.0%} of its decisions, beyond the log's own share")
     below = [name for name, (_, _, high) in facts.values.items() if counts[name] and high < facts.logged]
     if below:
         against.append(f"(b) worse than {LOGGED} by {', '.join(below)}")
@@ -558,7 +566,7 @@ def judge_policy(facts: Facts) -> tuple[str, list[str]]:
     if against:
         return "not supported", against
     if facts.rare > FEW_RARE:
-        against.append(f"(d) the log hardly ever shows {facts.rare:.1%} of its decisions")
+        against.append(f"(d) hardly ever shown: {facts.rare:.1%} of its decisions, beyond the log's own share")
     if not shown:
         against.append(f"(e) effective sample size {show(facts.ess)}, mean weight {show(facts.mean_weight)}")
     short = [name for name, (_, low, _) in facts.values.items() if not low > facts.logged]  # nan is not
@@ -592,7 +600,7 @@ def gather_facts(policy: Policy, values: pd.DataFrame, departure: Departure, los
     finite &= not last.filter(regex="loss").isna().to_numpy().any()
     weights = mine.loc["WIS", ["ess", "mean_weight"]].astype(float)
     return Facts(
-        rare=departure.share,
+        rare=departure.share - departure.own,
         values=trusted,
         logged=float(logged["value"]),
         ess=weights["ess"],
@@ -607,18 +615,40 @@ def gather_facts(policy: Policy, values: pd.DataFrame, departure: Departure, los
 
 # ------------------------------------------------- The page -------------------------------------------------
 
-CAUTION = """\
-A verdict makes a candidate, not a licence. People who know the process decide, and look at single cases first.
+CAUTION = paragraphs("""\
+A verdict makes a candidate, not a licence. People who know the process decide, and look at single cases
+first.
 
 If something that is not among the observations drove both the decisions and the outcome (confounding: doctors
 who saw what the table does not hold), every value here is wrong, and no number on this page shows it.
 
-The intervals are over the episodes drawn anew. They assume that episodes are independent, that the world stays
-as it was in the log, and, where the log has no propensities, that a clone of its policy is right. They say
-nothing of what the log never shows.
+The intervals are over the episodes drawn anew. They assume that episodes are independent, that the world
+stays as it was in the log, and, where the log has no propensities, that a clone of its policy is right. They
+say nothing of what the log never shows.
 
 Departures are seen in the log's states only: where a policy would lead beyond them, this page is blind.\
-""".split("\n\n")
+""")
+
+VALUES = """\
+What an episode earns, by {judged}, each reward discounted by {discount:g} a step; with a 95 % interval.
+{of_whom} The row of the log's own policy is what the log itself earned (for FQE: what a clone of its policy
+would earn). Estimators that disagree say that the log cannot tell. The effective sample size is how many
+episodes of its own would say as much of a policy. Propensities: {sources}."""
+
+PROPENSITIES = {"log": "as logged", "cloned": "of a clone"}
+FROM_TRAINING = "These are the episodes that the policies learned from, so that values may flatter them."
+FROM_ELSEWHERE = "Nothing has learned from these."
+
+RARE_CHOICES = f"""\
+A choice is such if the log makes it in less than {RARE_CHOICE:.0%} of such states, by its clone."""
+RARE_VECTORS = f"""\
+An action is such if it is farther from all actions in the {NEIGHBOURS} most similar states of the log than
+{NEAR:.0%} of the log's own are."""
+
+LOSSES = """\
+The imitation error is the mean squared distance to the logged action in [-1, 1], or the share of other
+choices; a learner that improves on the log has a larger one than BC. Critics' losses compare only with themselves: a
+ratio far above 1 says that it knows its own log by heart."""
 
 
 def show(value) -> str:
@@ -699,17 +729,12 @@ def compose(
         facts = gather_facts(policy, values, departure, losses, moved)
         verdict, reasons = judge_policy(facts)
         rows.append([policy.label, verdict, "; ".join(reasons)])
-    sources = {str(name) for name in values["propensities"].dropna()}
-    steps = int(judge.mask.sum())
-    judged = f"{len(judge.returns):,} episodes, {steps:,} steps of {judge.name}"
-    trained = "These are the episodes that the policies learned from, so that values may flatter them."
-    held = "Nothing has learned from these."
-    longest = "Of choices, a decision is such if the log makes it less than once in a hundred such states."
-    if not log.choices:
-        longest = (
-            f"An action is such if it is farther from all actions in the {NEIGHBOURS} most similar states "
-            "of the log than 99 % of the log's own are."
-        )
+    sources = " and ".join(sorted({PROPENSITIES[name] for name in values["propensities"].dropna()}))
+    judged = f"{len(judge.returns):,} episodes, {int(judge.mask.sum()):,} steps of {judge.name}"
+    of_whom = FROM_ELSEWHERE if judge is not log else FROM_TRAINING
+    rare = RARE_CHOICES if log.choices else RARE_VECTORS
+    decisions = len(departures[policies[0].label].rows)
+    moved_text = f"It moved: {', '.join(moved)}." if moved else "Nothing moved by rule (i)."
     share_rows = [[policy.label, percent(departures[policy.label].share)] for policy in policies]
     share_rows.append([LOGGED, percent(departures[policies[0].label].own)])
     blocks = [
@@ -720,21 +745,10 @@ def compose(
         ("heading", 2, "The rules, stated beforehand"),
         ("list", RULES),
         ("heading", 2, "Values"),
-        (
-            "text",
-            f"What an episode earns, by {judged}, each reward discounted by {discount:g} a step; with a 95 % "
-            f"interval. {held if judge is not log else trained} The row of {LOGGED} is what the log itself "
-            "earned (for FQE: what a clone of its policy would earn). Estimators that disagree say that the "
-            "log cannot tell. The effective sample size is how many episodes of its own would say as much "
-            f"of a policy. Propensities are {' and '.join(sorted(sources))}.",
-        ),
+        ("text", VALUES.format(judged=judged, discount=discount, of_whom=of_whom, sources=sources)),
         *value_blocks(values),
         ("heading", 2, "Where a policy departs from the log"),
-        (
-            "text",
-            f"Share of {len(departures[policies[0].label].rows):,} decisions that the log hardly ever shows. "
-            f"{longest}",
-        ),
+        ("text", f"Share of {decisions:,} decisions that the log hardly ever shows. {rare}"),
         ("table", ["policy", "hardly ever shown"], share_rows),
     ]
     for policy in policies:
@@ -743,36 +757,22 @@ def compose(
     if losses is None:
         blocks.append(("text", "No episodes were held out (--heldout)."))
     else:
-        blocks.append(
-            (
-                "text",
-                "The imitation error is the mean squared distance to the logged action in [-1, 1], or "
-                "the share of other choices. A learner that improves on the log has a larger one "
-                "than BC. Critics' losses compare only with themselves: a ratio far above 1 says "
-                "that it knows its own log by heart.",
-            )
-        )
+        blocks.append(("text", LOSSES))
         names = {"own": "its own log", "heldout": "held-out episodes"}
         blocks.append(table_block(losses.rename(columns=names)))
-    summary = f"It moved: {', '.join(moved)}." if moved else "Nothing moved by the rule."
+    episodes = f"{len(log.returns):,} episodes"
+    made_by = f"{options.updates:,} updates of a critic, {options.clone_updates:,} of a clone"
     blocks += [
         ("heading", 2, "Drift over the log's time"),
-        (
-            "text",
-            f"Means by thirds of the {len(log.returns):,} episodes, taken in their order in the log. {summary}",
-        ),
-        table_block(drift.drop(columns="errors").rename(columns={"change": "change in deviations"})),
+        ("text", f"Means by thirds of the {episodes}, in the order that they have in the log. {moved_text}"),
+        table_block(most_moved(drift).rename(columns={"change": "change in deviations"})),
         ("heading", 2, "How this page was made"),
         (
             "table",
             ["policy", "learned from", "updates", "commit", "its log's sha256"],
             [[policy.label, *origin(policy)] for policy in policies],
         ),
-        (
-            "text",
-            f"tools/assess.py, seed {options.seed}: {options.updates:,} updates of a critic, "
-            f"{options.clone_updates:,} of a clone, {options.resamples:,} resamples.",
-        ),
+        ("text", f"tools/assess.py, seed {options.seed}: {made_by}, {options.resamples:,} resamples."),
     ]
     return blocks
 
@@ -873,7 +873,8 @@ def html_figure(values: pd.DataFrame) -> str:
         line = f'<line x1="{x}" x2="{x}" y1="10" y2="{y - 8}" class="logged"/>'
     label = "Values with their intervals; the dashed line is what the log earned"
     return (
-        f'<figure><svg viewBox="0 0 640 {y + 14}" role="img" aria-label="{label}">{line}{"".join(parts)}</svg>'
+        f'<figure><svg viewBox="0 0 640 {y + 14}" role="img" aria-label="{label}">'
+        f"{line}{''.join(parts)}</svg>"
         f"<figcaption>{label}. An interval that is far longer than the others ends at the margin."
         "</figcaption></figure>"
     )

@@ -11,8 +11,8 @@ RUN is a run's folder, such as results/runs/offline/iql/<dataset id>/default/see
   probabilities  [batch, choices] of choices; a policy that draws has these alone: whoever plays it draws
 
 Names, bounds and origin are in the file's metadata (docs/deciding.md lists them). The batch is 1 where a
-policy ponders each observation for itself (bcq, bear). A policy that draws vectors (idql, fql, diffusion_ql) or
-remembers its past (dt) is no function of an observation: it is refused.
+policy ponders each observation for itself (bcq, bear). A policy that draws vectors (idql, fql, diffusion_ql)
+or remembers its past (dt) is no function of an observation: it is refused.
 
 What is traced is the script's own `act`. Before the file is put in place onnxruntime has to answer as `act`
 does on 1,000 observations: of the dataset if it is on this machine, else drawn by the run's own scales.
@@ -142,7 +142,7 @@ def answers(ask, observations: np.ndarray, seed: int) -> np.ndarray:
 
 
 def compare(file: Path, observations: np.ndarray, one_by_one: bool, wanted: dict, scale: np.ndarray) -> tuple:
-    """Of onnxruntime's answers and `wanted`: the largest difference that TOLERANCE allows, in parts of `scale`;
+    """Of onnxruntime's answers and `wanted`: the largest difference within TOLERANCE, in parts of `scale`;
     and the share of observations that differ by more."""
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     rows = np.split(observations, len(observations)) if one_by_one else [observations]
@@ -213,7 +213,7 @@ def export(folder: Path, output: Path) -> str:
     else:
         scale = (learner.scaler.high - learner.scaler.low).clamp(min=1e-6).numpy()
     one_by_one = name in ONE_BY_ONE and not choices  # discrete/bcq takes a batch at once
-    picks = one_by_one or choices and not drawn  # the best of several
+    picks = one_by_one or (choices and not drawn)  # the best of several
     new = output.with_name(f"{output.name}.new")
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
