@@ -557,7 +557,7 @@ def judge_policy(facts: Facts) -> tuple[str, list[str]]:
     counts = {"FQE": facts.calibrated, "WIS": shown, "WDR": shown}
     against = []
     if facts.rare > MOST_RARE:
-        against.append(f"(a) hardly ever shown: {facts.rare:.0%} of its decisions, beyond the log's own share")
+        against.append(f"(a) hardly ever shown: {facts.rare:.0%} of its decisions beyond the log's share")
     below = [name for name, (_, _, high) in facts.values.items() if counts[name] and high < facts.logged]
     if below:
         against.append(f"(b) worse than {LOGGED} by {', '.join(below)}")
@@ -566,7 +566,7 @@ def judge_policy(facts: Facts) -> tuple[str, list[str]]:
     if against:
         return "not supported", against
     if facts.rare > FEW_RARE:
-        against.append(f"(d) hardly ever shown: {facts.rare:.1%} of its decisions, beyond the log's own share")
+        against.append(f"(d) hardly ever shown: {facts.rare:.1%} of its decisions beyond the log's share")
     if not shown:
         against.append(f"(e) effective sample size {show(facts.ess)}, mean weight {show(facts.mean_weight)}")
     short = [name for name, (_, low, _) in facts.values.items() if not low > facts.logged]  # nan is not
@@ -647,8 +647,8 @@ An action is such if it is farther from all actions in the {NEIGHBOURS} most sim
 
 LOSSES = """\
 The imitation error is the mean squared distance to the logged action in [-1, 1], or the share of other
-choices; a learner that improves on the log has a larger one than BC. Critics' losses compare only with themselves: a
-ratio far above 1 says that it knows its own log by heart."""
+choices; a learner that improves on the log has a larger one than BC. Critics' losses compare only with
+themselves: a ratio far above 1 says that it knows its own log by heart."""
 
 
 def show(value) -> str:
