@@ -211,6 +211,15 @@ def test_numbers_that_are_not_finite_are_named(minari_root):
         script.read_choices(dataset)
 
 
+@pytest.mark.parametrize("wrong", [[0.1, 0.2], [0.1, float("nan"), 0.3]])
+def test_an_encoder_refuses_what_is_no_observation(wrong):
+    script = load_script("discrete/bc.py")
+    encoder = script.Encoder([0.0] * 3, [1.0] * 3, 0, 0, 4, 0)
+    assert encoder.encode([0.1, 0.2, 0.3]).shape == (3,)
+    with pytest.raises(script.UserError, match="not all are finite"):
+        encoder.encode(wrong)
+
+
 # ------------------------------------------- sepsis, exactly --------------------------------------------
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import OFFLINE, ROOT, new_learner, random_episodes, short
+from conftest import OFFLINE, ROOT, load_script, new_learner, random_episodes, short
 
 
 @pytest.fixture
@@ -275,3 +275,17 @@ def test_without_references_there_is_no_score(call, fortune, tmp_path, pair):
     assert "eval/score" not in found.metrics
     assert "score" not in found.out.replace("seed-0", "")
     assert "return_mean 30.0 (best on the way" in found.out
+
+
+WRONG = [[0.1, 0.2], [0.1, 0.2, 0.3, 0.4], [0.1, float("nan"), 0.3], [0.1, 0.2, 1e39]]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("batched", [False, True])
+def test_act_refuses_what_is_no_observation(wrong, batched):
+    """Of the wrong size, or not finite as float32: a clear error instead of an action that means nothing."""
+    script = load_script("offline/td3_bc.py")
+    learner = new_learner(script, script.Config(hidden_dim=4), 3, 2)
+    observations = [wrong, wrong] if batched else wrong
+    with np.errstate(over="ignore"), pytest.raises(script.UserError, match="not all are finite"):
+        learner.act(observations)

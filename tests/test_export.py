@@ -120,6 +120,15 @@ def test_names_bounds_and_origin_are_in_the_file(finished, pendulum, tmp_path, m
     }
 
 
+def test_the_snippet_of_the_docs(exported, tmp_path, monkeypatch):
+    exported(*learner_of("bc"))
+    monkeypatch.chdir(tmp_path)
+    (text,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/deciding.md").read_text(), re.DOTALL)
+    found = {}
+    exec(text, found)
+    assert found["actions"].shape == (1, 2)
+
+
 def test_a_file_that_answers_differently_is_not_put_in_place(exported, tmp_path, monkeypatch):
     script, learner = learner_of("bc")
     act = learner.act

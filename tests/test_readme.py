@@ -44,7 +44,7 @@ def here(tmp_path, monkeypatch, minari_root) -> Path:
 
 
 def test_every_block_of_python_is_run():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:minari")

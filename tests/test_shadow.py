@@ -461,10 +461,10 @@ def test_a_policy_that_was_trained_anew_is_another(tmp_path):
     config = script.Config(policy=str(run))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config)))
     (tmp_path / "policy.sha256").write_text(script.policy_hash(str(run)))
-    script.check_config(config, tmp_path)
+    script.check_rules(config, tmp_path)
     (run / "checkpoint.pt").write_bytes(b"2")
     with pytest.raises(script.UserError, match="was trained anew"):
-        script.check_config(config, tmp_path)
+        script.check_rules(config, tmp_path)
 
 
 @pytest.mark.parametrize(

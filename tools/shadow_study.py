@@ -25,7 +25,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from ope_coverage import fit_model, load, model_values, rows_of, sepsis, steps_of
+from ope import fit_model, load, model_values, rows_of, sepsis, steps_of
 from tqdm import tqdm
 
 shadow = load("evaluate/shadow")

@@ -462,7 +462,10 @@ class Scaler(nn.Module):
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
 
     def scale_observations(self, observations) -> Tensor:
-        return (torch.as_tensor(flatten(observations), device=self.mean.device) - self.mean) / self.std
+        raw = flatten(observations)
+        if raw.shape[-1:] != self.mean.shape or not np.isfinite(raw).all():
+            raise UserError(f"observations {raw.shape}: not all are finite numbers [..., {self.obs_dim}]")
+        return (torch.as_tensor(raw, device=self.mean.device) - self.mean) / self.std
 
     def scale_actions(self, actions) -> Tensor:
         actions = torch.as_tensor(actions, device=self.low.device)
@@ -723,9 +726,8 @@ def provenance(device: torch.device) -> dict:
     """Commit (with a + where files differ from it), versions and hardware, as far as they are known here."""
     here, commit = Path(__file__).resolve().parent, ""
     if shutil.which("git"):
-        describe = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-        found = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False)
-        commit = found.stdout.strip()
+        query = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        commit = subprocess.run(query, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
     names = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
     installed = {found.name: found.version for found in importlib.metadata.distributions()}
     versions = {"python": sys.version.partition(" ")[0]}

@@ -368,7 +368,10 @@ class Encoder(nn.Module):
         """Raw observations of an environment, or Dicts -> [..., *shape]."""
         if len(self.mean) and len(self.shape) == 1:
             observations = flatten(observations)
-        return self(torch.as_tensor(np.asarray(observations), device=self.mean.device))
+        raw, shape = np.asarray(observations), tuple(self.mean.shape) if len(self.mean) else ()
+        if raw.shape[raw.ndim - len(shape) :] != shape or not np.isfinite(raw).all():
+            raise UserError(f"observations {raw.shape}: not all are finite numbers [..., *{shape}]")
+        return self(torch.as_tensor(raw, device=self.mean.device))
 
     def encode_batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch with observations as the networks take them."""
@@ -766,9 +769,8 @@ def provenance(device: torch.device) -> dict:
     """Commit (with a + where files differ from it), versions and hardware, as far as they are known here."""
     here, commit = Path(__file__).resolve().parent, ""
     if shutil.which("git"):
-        describe = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-        found = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False)
-        commit = found.stdout.strip()
+        query = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        commit = subprocess.run(query, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
     names = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
     installed = {found.name: found.version for found in importlib.metadata.distributions()}
     versions = {"python": sys.version.partition(" ")[0]}

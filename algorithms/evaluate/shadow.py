@@ -1,10 +1,10 @@
-"""Shadow: a policy's way from a log into use, in steps, by rules that are fixed beforehand.
+"""Shadow: a policy's way into use, step by step (Waudby-Smith and Ramdas, 2020, arXiv:2010.09686).
 
-First the policy only watches: beside every logged episode it says what it would have done. Where the log
-supports it, it may act in a small share of the new episodes, drawn by lot (the canary), while the logger's
-way goes on in the others. The share rises on proof that the policy is not worse, and falls to nothing on
-proof that it is. The bounds hold at every moment, so one may look after each episode and act at once; with
-a 95 % interval looked at again and again some alarm is certain.
+By rules that are fixed beforehand. First the policy only watches: beside every logged episode it says what it
+would have done. Where the log supports it, it may act in a small share of the new episodes, drawn by lot (the
+canary), while the logger's way goes on in the others. The share rises on proof that the policy is not worse,
+and falls to nothing on proof that it is. The bounds hold at every moment, so one may look after each episode
+and act at once; with a 95 % interval looked at again and again some alarm is certain.
 
 Watching, n episodes so far, episode i with return G_i:
   (1)  X_i = V(s_0) + sum_t gamma^t w_t delta_t,  D_i = X_i - G_i            V, w, delta: see doubly_robust.py
@@ -122,7 +122,7 @@ class Config:
 # ---------------------------------------- Bounds for every moment ----------------------------------------
 
 
-FRACTIONS = 0.5 ** np.arange(1.0, 7.0)  # of all that can be staked: f of (6) and (7)
+FRACTIONS = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)  # of all that can be staked: f of (6) and (7)
 
 
 def width(episodes: int, alpha: float, tight_at: int) -> float:
@@ -194,8 +194,9 @@ class Deployment:
         if lot < 1:
             u, largest, smallest = contrast(canary, lot, scaled, level)
             self.contrasts += u
-            self.log_harm += np.log1p(-FRACTIONS * u / largest)  # (6)
-            self.log_safe += np.log1p(FRACTIONS * (u + config.margin / (high - low)) / smallest)  # (7)
+            f = np.array(FRACTIONS)
+            self.log_harm += np.log1p(-f * u / largest)  # (6)
+            self.log_safe += np.log1p(f * (u + config.margin / (high - low)) / smallest)  # (7)
         harm, safe = log_mean_exp(self.log_harm), log_mean_exp(self.log_safe)
         row = {"canary": int(canary), "lot": lot, "value": value}
         gain = (high - low) * self.contrasts / self.compared
@@ -424,7 +425,7 @@ def next_command(config: Config, dataset: minari.MinariDataset) -> str:
 def deploy(config: Config) -> None:
     """Goes on from the decisions that are recorded: watches, compares, records; and says what is allowed."""
     folder = Path(config.output_dir, "evaluate/shadow", config.dataset, config.variant, f"seed-{config.seed}")
-    check_config(config, folder)
+    check_rules(config, folder)
     deployment = replay(config, folder / "decisions.csv")
     dataset = load_dataset(config.dataset)
     check_log(config, dataset, deployment.rows)
@@ -452,7 +453,7 @@ def deploy(config: Config) -> None:
         hand_over(config, dataset)
 
 
-def check_config(config: Config, folder: Path) -> None:
+def check_rules(config: Config, folder: Path) -> None:
     """Settings that make sense, and are those of the folder: its rules stay as they were fixed."""
     if config.return_min >= config.return_max:
         raise UserError(f"return_min {config.return_min:g} is not below return_max {config.return_max:g}")

@@ -646,7 +646,10 @@ class Scaler(nn.Module):
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
 
     def scale_observations(self, observations) -> Tensor:
-        return (torch.as_tensor(flatten(observations), device=self.mean.device) - self.mean) / self.std
+        raw = flatten(observations)
+        if raw.shape[-1:] != self.mean.shape or not np.isfinite(raw).all():
+            raise UserError(f"observations {raw.shape}: not all are finite numbers [..., {self.obs_dim}]")
+        return (torch.as_tensor(raw, device=self.mean.device) - self.mean) / self.std
 
     def scale_actions(self, actions) -> Tensor:
         actions = torch.as_tensor(actions, device=self.low.device)
@@ -658,14 +661,12 @@ class Scaler(nn.Module):
 
 def fit_scaler(episodes: list, space: gym.spaces.Box, normalize_states: bool) -> Scaler:
     """Actions by the bounds of their space, else by the data's extremes; states by mean and deviation."""
-    if not isinstance(space, gym.spaces.Box):
-        raise UserError(f"this script is not for {space}: it takes vectors (Box)")
+    vector_shapes(space)  # an error for anything else
     observations = np.concatenate([episode["observations"][:-1] for episode in episodes])
     actions = np.concatenate([episode["actions"] for episode in episodes])
     low = np.where(np.isfinite(space.low), space.low, actions.min(0)).astype(np.float32)
     high = np.where(np.isfinite(space.high), space.high, actions.max(0)).astype(np.float32)
-    outside = ((actions < low) | (actions > high)).mean()
-    print(f"{outside:.2%} of the action entries lie outside the action bounds and are clipped to them")
+    print(f"{((actions < low) | (actions > high)).mean():.2%} of the action entries are clipped to bounds")
     mean, std = np.zeros(observations.shape[1]), np.ones(observations.shape[1])
     if normalize_states:
         mean, std = observations.mean(0, np.float64), observations.std(0, np.float64) + 1e-3
@@ -998,9 +999,8 @@ def provenance(device: torch.device) -> dict:
     """Commit (with a + where files differ from it), versions and hardware, as far as they are known here."""
     here, commit = Path(__file__).resolve().parent, ""
     if shutil.which("git"):
-        describe = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-        found = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False)
-        commit = found.stdout.strip()
+        query = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        commit = subprocess.run(query, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
     names = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
     installed = {found.name: found.version for found in importlib.metadata.distributions()}
     versions = {"python": sys.version.partition(" ")[0]}

@@ -2,22 +2,18 @@
 
 Offline it is Cal-QL (cal_ql.py) with many normalised critics. Then the data are gone: Q has to forget their
 pessimism, and in a new buffer nothing holds it while it does. So the policy first fills the buffer as it is,
-for warmup_steps in which nothing learns: it shows what it did know. From there on it is SAC, several updates
-of the critics a step. Offline half of the losses, (2), and online half, (3), have all else in common.
+for warmup_steps in which nothing learns. From there on it is SAC, several updates of the critics a step.
 
-  (1)  y = r + gamma (1 - d) min_{i in Z} Q'_i(s', a'),  a' ~ pi(s')            d: terminated, not truncated
-       Z: so many members, drawn anew for every update
+  (1)  y = r + gamma (1 - d) min_{i in Z} Q'_i(s', a'),  a' ~ pi(s')            Z: members, drawn anew
   (2)  offline: L_Q = sum_i mean (Q_i(s, a) - y)^2 + w sum_i G_i
   (3)  online: L_Q = sum_i mean (Q_i(s, a) - y)^2
   (4)  L_pi = mean (alpha log pi(a|s) - mean_i Q_i(s, a)),  a ~ pi(s)           online: once a step
   (5)  L_alpha = log alpha (H + |A|),  H = -mean log pi(a|s)                    |A|: entries of an action
   (6)  Q' <- Q' + tau (Q - Q')
-  (7)  G_i = mean (log sum_b exp(max(Q_i(s, b), V(s)) - log p(b)) - Q_i(s, a))  b ~ p: pi(s), pi(s'),
-       and uniform ones, whose Q_i has no floor V
+  (7)  G_i = mean (log sum_b exp(max(Q_i(s, b), V(s)) - log p(b)) - Q_i(s, a))  b ~ p: as (6) of cal_ql.py
   (8)  V(s_t) = sum_k gamma^k r_(t+k)                                           to the end of the episode
 
-Differences from the paper: (7) has no multiplier; optimisers keep at the switch what they have gathered;
-critics are normalised after the ReLU, as in rlpd.py.
+Differences from the paper: (7) has no multiplier; optimisers keep what they have gathered at the switch.
 
   python algorithms/finetune/wsrl.py --config_path configs/finetune/wsrl/reef/pointmaze/umaze-v0.yaml
 """
@@ -171,8 +167,8 @@ class WSRL:
         values = torch.cat([q_b[:, :, :1], floored], 2) - log_p  # [E, N, 3, B]
         gap = (torch.logsumexp(values, (1, 2)) - q).mean(1)  # (7) [E]
         loss = ((q - self.target(batch)).square().mean(1) + c.cql_weight * gap).sum()  # (2)
-        metrics = {"critic/q_mean": q.detach().mean(), "critic/gap": gap.detach().mean()}
-        return loss, metrics | {"critic/loss": loss.detach()}
+        metrics = {"critic/loss": loss.detach(), "critic/q_mean": q.detach().mean()}
+        return loss, metrics | {"critic/gap": gap.detach().mean()}
 
     def actor_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         actions, log_prob = self.actor.sample(batch["observations"])  # [B, A], [B]
@@ -321,8 +317,7 @@ def train(config: Config) -> None:
     last = config.updates + (config.online_steps - config.warmup_steps) * config.updates_per_step
     if last <= config.updates:
         raise UserError("online_steps: there have to be more of them than warmup_steps")
-    methods = "calibrated_loss", "critic_loss", "actor_loss"
-    compiled = config.compile and compile_methods(learner, *methods)
+    compiled = config.compile and compile_methods(learner, "calibrated_loss", "critic_loss", "actor_loss")
     with run.start(learner, dataset_hash=dataset_hash, compiled=compiled, **provenance(device)):
         batches = draw_batches(data, config.batch_size, config.seed, learner.updates)
         for update in tqdm(range(learner.updates + 1, config.updates + 1), desc="offline", disable=None):
@@ -676,7 +671,10 @@ class Scaler(nn.Module):
             self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
 
     def scale_observations(self, observations) -> Tensor:
-        return (torch.as_tensor(flatten(observations), device=self.mean.device) - self.mean) / self.std
+        raw = flatten(observations)
+        if raw.shape[-1:] != self.mean.shape or not np.isfinite(raw).all():
+            raise UserError(f"observations {raw.shape}: not all are finite numbers [..., {self.obs_dim}]")
+        return (torch.as_tensor(raw, device=self.mean.device) - self.mean) / self.std
 
     def scale_actions(self, actions) -> Tensor:
         actions = torch.as_tensor(actions, device=self.low.device)
@@ -688,14 +686,12 @@ class Scaler(nn.Module):
 
 def fit_scaler(episodes: list, space: gym.spaces.Box, normalize_states: bool) -> Scaler:
     """Actions by the bounds of their space, else by the data's extremes; states by mean and deviation."""
-    if not isinstance(space, gym.spaces.Box):
-        raise UserError(f"this script is not for {space}: it takes vectors (Box)")
+    vector_shapes(space)  # an error for anything else
     observations = np.concatenate([episode["observations"][:-1] for episode in episodes])
     actions = np.concatenate([episode["actions"] for episode in episodes])
     low = np.where(np.isfinite(space.low), space.low, actions.min(0)).astype(np.float32)
     high = np.where(np.isfinite(space.high), space.high, actions.max(0)).astype(np.float32)
-    outside = ((actions < low) | (actions > high)).mean()
-    print(f"{outside:.2%} of the action entries lie outside the action bounds and are clipped to them")
+    print(f"{((actions < low) | (actions > high)).mean():.2%} of the action entries are clipped to bounds")
     mean, std = np.zeros(observations.shape[1]), np.ones(observations.shape[1])
     if normalize_states:
         mean, std = observations.mean(0, np.float64), observations.std(0, np.float64) + 1e-3
@@ -1028,9 +1024,8 @@ def provenance(device: torch.device) -> dict:
     """Commit (with a + where files differ from it), versions and hardware, as far as they are known here."""
     here, commit = Path(__file__).resolve().parent, ""
     if shutil.which("git"):
-        describe = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-        found = subprocess.run(describe, cwd=here, capture_output=True, text=True, check=False)
-        commit = found.stdout.strip()
+        query = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        commit = subprocess.run(query, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
     names = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
     installed = {found.name: found.version for found in importlib.metadata.distributions()}
     versions = {"python": sys.version.partition(" ")[0]}
