@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import re
+import runpy
 import sys
 
 import numpy as np
@@ -124,9 +126,8 @@ def test_the_snippet_of_the_docs(exported, tmp_path, monkeypatch):
     exported(*learner_of("bc"))
     monkeypatch.chdir(tmp_path)
     (text,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/deciding.md").read_text(), re.DOTALL)
-    found = {}
-    exec(text, found)
-    assert found["actions"].shape == (1, 2)
+    (tmp_path / "snippet.py").write_text(text)
+    assert runpy.run_path("snippet.py")["actions"].shape == (1, 2)
 
 
 def test_a_file_that_answers_differently_is_not_put_in_place(exported, tmp_path, monkeypatch):
