@@ -311,9 +311,9 @@ def train(config: Config) -> None:
     known = dataset.storage.metadata
     references = known.get("ref_min_score", config.ref_min), known.get("ref_max_score", config.ref_max)
 
-    learner.explorer = OnlineExplorer(make_online_environment(environments), scaler, config.seed, factor, shift)
-    learner.buffer = OnlineBuffer(columns, min(config.buffer_size, config.online_steps))
-    explorer, buffer, due = learner.explorer, learner.buffer, False  # both are parts of the checkpoint
+    explorer = OnlineExplorer(make_online_environment(environments), scaler, config.seed, factor, shift)
+    buffer = OnlineBuffer(columns, min(config.buffer_size, config.online_steps))
+    learner.explorer, learner.buffer = explorer, buffer  # parts of the checkpoint
     last = config.updates + (config.online_steps - config.warmup_steps) * config.updates_per_step
     if last <= config.updates:
         raise UserError("online_steps: there have to be more of them than warmup_steps")
@@ -332,6 +332,7 @@ def train(config: Config) -> None:
 
         while explorer.steps < config.warmup_steps:
             buffer.add(explorer.step(lambda s: learner.actor.sample(s)[0]))
+        due = False
         for update in tqdm(range(learner.updates + 1, last + 1), desc="online", disable=None):
             if (update - config.updates - 1) % config.updates_per_step == 0:
                 buffer.add(explorer.step(lambda s: learner.actor.sample(s)[0]))
