@@ -138,6 +138,8 @@ def correct_critics(config: Config) -> None:
         q[mask] = values_at(critics, before, kept["actions"][mask], of_actions=True)
         v[mask] = values_at(critics, before, given, of_actions=False)
         next_v[mask] = values_at(critics, after, next_given, of_actions=False)
+        if not policy:  # the logger's own actions stand for its policy: its clone's errors would not cancel
+            v, next_v[:, :-1] = q, np.where(mask[:, 1:], q[:, 1:], next_v[:, :-1])
         log_pi = log_likelihoods(given, kept, config.policy_std) if policy else kept["log_b"]
         log_ratios = log_pi - kept["log_b"]
         errors = temporal_errors(kept, q, next_v, config.discount)
