@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import html
 import importlib
+import inspect
 import math
 import re
 import shutil
@@ -17,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, load_script, random_episodes, short
+from conftest import ROOT, learner_class, load_script, random_episodes, short
 from logs import course, store
 from minari.data_collector import EpisodeBuffer
 
@@ -408,3 +409,39 @@ def test_discounts_of_the_runs_have_to_agree():
     with pytest.raises(assess.UserError, match=r"0\.9, 0\.99: choose one"):
         assess.choose_discount(policies, None)
     assert assess.choose_discount([assess.Policy("p", None, info={"config": {}})], None) == 1.0
+
+
+LOSSES = [  # (family, script, loss) of every learner that has one
+    (path.parent.name, path.stem, loss)
+    for family in ("offline", "discrete")
+    for path in sorted((ROOT / "algorithms" / family).glob("*.py"))
+    for loss in ("critic_loss", "value_loss")
+    if f"def {loss}(self" in path.read_text()
+]
+
+
+@pytest.mark.parametrize(("family", "name", "loss"), LOSSES)
+def test_every_loss_can_be_asked_for(family, name, loss):
+    """Of a batch alone, or with what `target_q` says of it, as `update` asks."""
+    script = load_script(f"{family}/{name}.py")
+    function = getattr(learner_class(script), loss)
+    parameters = [*inspect.signature(function).parameters.values()][1:]
+    needed = [each.name for each in parameters if each.default is each.empty]
+    assert needed in (["batch"], ["batch", "q"])
+    assert "q" not in needed or hasattr(learner_class(script), "target_q")
+
+
+def test_a_value_loss_is_given_the_targets_q():
+    """IQL's expectile loss of Q'(s, a), the target critic's, in the data's choices."""
+    script = load_script("discrete/iql.py")
+    torch.manual_seed(0)
+    encoder = script.Encoder(np.zeros(3), np.ones(3), 0, 0, 4, 0)
+    learner = script.DiscreteIQL(script.Config(hidden_dim=8, expectile=0.9), encoder)
+    for parameter in learner.target_critic.parameters():
+        parameter.data.mul_(3)  # another than the critic
+    actions = torch.tensor([2, 0, 3])
+    batch = {"observations": torch.randn(3, 3), "actions": actions}
+    q = learner.target_critic(batch["observations"]).detach().numpy()[np.arange(3), actions]
+    u = q - learner.value(batch["observations"]).detach().numpy()[:, 0]
+    wanted = np.mean(np.where(u < 0, 0.1, 0.9) * u**2)
+    assert assess.own_loss(learner, "value_loss", batch).item() == pytest.approx(wanted, rel=1e-5)

@@ -373,7 +373,7 @@ def test_one_column_of_words_or_whole_numbers_is_a_choice(tabled, cells, names, 
     assert episodes[0].actions.dtype == np.int64
     assert dataset.storage.metadata["action_names"] == names
     assert dataset.storage.metadata["action_columns"] == ["action_0"]
-    assert f"choices: {len(names)}, {', '.join(names)}" in out
+    assert f"{len(names)} choices: {'; '.join(names)}" in out
 
 
 def test_choices_in_several_columns_are_asked_for(tabled, refused, tmp_path):

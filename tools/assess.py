@@ -435,7 +435,15 @@ def learner_losses(policy: Policy, log: Log, judge: Log, seed: int) -> dict[str,
     if log.choices:
         batch = learner.encoder.encode_batch(batch)
     torch.manual_seed(seed)
-    return {name: float(getattr(learner, name)(batch)[0].detach()) for name in names}
+    return {name: float(own_loss(learner, name, batch).detach()) for name in names}
+
+
+def own_loss(learner, name: str, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A loss of the learner; those of IQL and its kind are given Q'(s, a), which their update shares."""
+    loss = getattr(learner, name)
+    if "q" in inspect.signature(loss).parameters:
+        return loss(batch, learner.target_q(batch))[0]
+    return loss(batch)[0]
 
 
 def measure_losses(policies: list[Policy], log: Log, heldout: Log, seed: int) -> pd.DataFrame:

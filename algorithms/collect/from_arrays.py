@@ -777,7 +777,7 @@ def choose_spaces(config: Config, log: Log, fields: dict, env: gym.Env | None, l
     choices = fields["columns"].get("action_names")
     if choices:  # rows without a choice are in no episode any more
         fields["actions"] = np.nan_to_num(fields["actions"][:, 0]).astype(np.int64)
-        note = f"choices: {len(choices)}, {', '.join(choices):.200}"
+        note = f"{len(choices)} choices: {'; '.join(choices):.200}"
     else:
         fields["actions"] = fields["actions"].astype(np.float32, copy=False)  # as training will see them
     if env:
