@@ -1,5 +1,6 @@
 """tools/assess.py: its rules, departures, drift and losses by their formulas, and the whole page."""
 
+import base64
 import copy
 import dataclasses
 import html
@@ -21,6 +22,7 @@ import torch
 from conftest import ROOT, learner_class, load_script, random_episodes, short
 from logs import course, store
 from minari.data_collector import EpisodeBuffer
+from test_report_page import browser  # noqa: F401
 
 sys.path.insert(0, str(ROOT / "tools"))
 assess = importlib.import_module("assess")
@@ -270,12 +272,31 @@ def choices(minari_root, tmp_path_factory):
     return name, [runs / f"discrete/{script}/{name}/default/seed-0" for script in ("bc", "dqn")]
 
 
-def test_the_page_of_choices(choices, tmp_path, capsys):
-    name, runs = choices
+@pytest.fixture(scope="module")
+def assessed(choices, tmp_path_factory):
+    """A folder in which these runs are assessed twice, in one/ and in two/."""
+    (name, runs), root = choices, tmp_path_factory.mktemp("assessed")
     command = options(name, *runs, discount=1, heldout="test/assess/choices-heldout-v0")
     for folder in ("one", "two"):
-        assert assess.main([*command, f"--output={tmp_path / folder}"]) == 0, capsys.readouterr().err
-    pages = [(tmp_path / folder / f"assessment.{kind}").read_bytes() for kind in ("md", "html")
+        assert assess.main([*command, f"--output={root / folder}"]) == 0
+    return root
+
+
+@pytest.mark.parametrize("width", [1440, 360])
+def test_the_page_fits_a_screen_a_phone_and_paper(browser, assessed, width):  # noqa: F811
+    metrics = {"width": width, "height": 800, "mobile": width < 500, "deviceScaleFactor": 1}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.get((assessed / "one/assessment.html").as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert "Values" in browser.page_source
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    paper = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {})["data"])
+    pages = len(re.findall(rb"/Type\s*/Page\b", paper))
+    assert 1 <= pages <= 12
+
+
+def test_the_page_of_choices(choices, assessed):
+    pages = [(assessed / folder / f"assessment.{kind}").read_bytes() for kind in ("md", "html")
              for folder in ("one", "two")]  # fmt: skip
     assert (pages[0], pages[2]) == (pages[1], pages[3])
     text = pages[0].decode()
