@@ -434,7 +434,8 @@ class Scaler(nn.Module):
 
 def fit_scaler(episodes: list, space: gym.spaces.Box, normalize_states: bool) -> Scaler:
     """Actions by the bounds of their space, else by the data's extremes; states by mean and deviation."""
-    vector_shapes(space)  # an error for anything else
+    if not isinstance(space, gym.spaces.Box):
+        raise UserError(f"this script is not for {space}: it takes vectors (Box)")
     observations = np.concatenate([episode["observations"][:-1] for episode in episodes])
     actions = np.concatenate([episode["actions"] for episode in episodes])
     low = np.where(np.isfinite(space.low), space.low, actions.min(0)).astype(np.float32)
