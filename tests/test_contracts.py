@@ -124,10 +124,10 @@ def test_other_first_weights_are_noticed(scripts, factor):
 # ------------------------------------------------ endings ------------------------------------------------
 
 # CQL's penalty draws actions at next observations too, however the step ended: without it the loss is (1)'s.
-# So does COMBO's. BRAC's first updates have no critic.
-PENALISED = ("combo", "cql", "finetune/cql", "finetune/cal_ql")
+# So do COMBO's, Cal-QL's and WSRL's. BRAC's and SPOT's first updates have no critic.
+PENALISED = ("combo", "cql", "finetune/cql", "finetune/cal_ql", "finetune/wsrl")
 WITHOUT_PENALTY = {name: {"cql_weight": 0.0} for name in PENALISED}
-WITHOUT_PENALTY |= {"brac": {"behavior_updates": 0}}
+WITHOUT_PENALTY |= {"brac": {"behavior_updates": 0}, "finetune/spot": {"vae_updates": 0}}
 
 
 def critic_losses(learner_of, terminated: float) -> tuple[float, float]:

@@ -39,7 +39,7 @@ def make(tmp_path):
         rows = [{"update": update, "actor/loss": 0.5} for update in range(50, 401, 50) if update not in curve]
         for update, value in curve.items():
             rows.append({"update": update, "actor/loss": 0.5, "eval/return_mean": 10 * value})
-            if update > config["updates"]:
+            if "updates_per_step" in config and update > config["updates"]:
                 rows[-1]["online/steps"] = (update - config["updates"]) // config["updates_per_step"]
             if scored:
                 rows[-1]["eval/score"] = value

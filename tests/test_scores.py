@@ -166,12 +166,12 @@ def test_what_does_not_count_is_named(root, scores, run, capsys):
     reason = f"hidden_dim is 9, and 8 in configs/offline/bc/{ID}.yaml"
     assert f"skipped {folder}: {reason}\n" in capsys.readouterr().out
     info = json.loads((folder / "run.json").read_text())
-    for name, reason in {"return_mean": "want of an environment", "dataset": "learned online"}.items():
-        info["config"].pop(name, None)
-        info.pop(name, None)
-        (folder / "run.json").write_text(json.dumps(info))
-        assert scores.main([]) == 0
-        assert reason in capsys.readouterr().out
+    del info["return_mean"]
+    (folder / "run.json").write_text(json.dumps(info))
+    assert scores.main([]) == 0
+    assert "want of an environment" in capsys.readouterr().out
+    del info["config"]["dataset"]
+    assert "learned online" in scores.objection("offline", "bc", info)
     assert not (root / "results/scores").exists()
 
 
