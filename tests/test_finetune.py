@@ -631,6 +631,16 @@ def test_a_loss_that_turns_nan_after_the_switch(tune, brief, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("name", FINETUNE)
+def test_lost_weights_never_reach_the_environment(name):
+    """Between two rows of metrics nobody looks at a loss."""
+    environment = Scripted([1.0, 2.0, 3.0], True)
+    explorer, _ = explore(name, environment, 1)
+    with pytest.raises(SCRIPTS[name].Diverged, match="actions are not finite; lower a learning rate"):
+        explorer.step(lambda s: torch.full((1, 1), float("nan")))
+    assert len(environment.actions) == 1
+
+
+@pytest.mark.parametrize("name", FINETUNE)
 def test_help_names_every_field(tune, name):
     status, out, _ = tune(name, "--help")
     assert status == 0

@@ -17,8 +17,8 @@ MAX_WIDTH = 110
 LIMITS = {  # own part, train, first line of `update`, toolbox with its banner; the longest name counts
     "algorithms/": (325, 50, 150, 608),
     "algorithms/discrete/": (325, 50, 150, 620),  # states, vectors and planes to read
-    "algorithms/finetune/": (361, 60, 161, 783),  # a second phase, in an environment
-    "algorithms/finetune/wsrl.py": (361, 62, 161, 783),  # steps without updates between the phases
+    "algorithms/finetune/": (361, 60, 161, 785),  # a second phase, in an environment
+    "algorithms/finetune/wsrl.py": (361, 62, 161, 785),  # steps without updates between the phases
     "algorithms/offline/mopo.py": (471, 50, 150, 717),  # a model to fit, to check and to roll out
     "algorithms/offline/combo.py": (471, 50, 150, 717),
     "algorithms/offline/morel.py": (471, 50, 150, 717),

@@ -374,6 +374,8 @@ class Explorer:
         """One step in each environment, of the policy or of uniformly random actions."""
         before, space = self.observations, self.environments.action_space
         actions = space.sample() if random else self.learner.explore(before)
+        if not np.isfinite(actions).all():  # the environments would answer with nan, and get the blame
+            raise Diverged("diverged: the policy's actions are not finite; lower a learning rate")
         observations, rewards, terminations, truncations, infos = self.environments.step(actions)
         self.observations = flatten(observations)
         following = self.observations.copy()

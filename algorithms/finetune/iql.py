@@ -401,6 +401,8 @@ class OnlineExplorer:
         before = self.scaler.scale_observations(self.observation)
         with torch.no_grad():
             action = policy(before[None])[0]
+        if not action.isfinite().all():  # the environment would answer with nan, and get the blame
+            raise Diverged("diverged: the policy's actions are not finite; lower a learning rate")
         with explain(f"the environment failed at online step {self.steps + 1:,}", advice):
             outcome = self.environment.step(self.scaler.unscale_actions(action))
         self.observation, reward, terminated, truncated, info = outcome
