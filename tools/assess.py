@@ -31,7 +31,6 @@ import importlib.util
 import inspect
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -40,8 +39,8 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import torch
+from common import ROOT, UserError, write
 
-ROOT = Path(__file__).resolve().parents[1]
 ESTIMATORS = {  # script: its function
     "importance_sampling": "weigh_episodes",
     "fqe": "ask_critics",
@@ -67,10 +66,6 @@ MOST_SHARED = 0.05  # of held-out episodes: short ones of coarse numbers may rep
 ROWS = 2_000  # decisions looked at
 LOOKED_UP = 20_000  # steps of the log among which neighbours are sought
 LOSS_ROWS = 4_096  # transitions of a loss
-
-
-class UserError(Exception):
-    """What the user can mend: one line on stderr and exit status 2."""
 
 
 def paragraphs(text: str) -> list[str]:
@@ -907,18 +902,6 @@ def html_page(blocks: list[tuple]) -> str:
     return template.replace("@TITLE@", title).replace("@BODY@", "\n".join(parts))
 
 
-def write(folder: Path, texts: dict[str, str]) -> None:
-    """Each file as a whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        new = folder / f"{name}.new"
-        try:
-            new.write_text(text, encoding="utf-8")
-            os.replace(new, folder / name)
-        finally:
-            new.unlink(missing_ok=True)
-
-
 # ------------------------------------------------ All of it ------------------------------------------------
 
 
@@ -959,7 +942,8 @@ def assess(options: argparse.Namespace) -> Path:
     drift = measure_drift(log)
     blocks = compose(log, judge, discount, policies, values, departures, losses, drift, options)
     folder = options.output or ROOT / "results/runs/assess" / options.dataset
-    write(folder, {"assessment.md": markdown_page(blocks), "assessment.html": html_page(blocks)})
+    write(folder / "assessment.md", markdown_page(blocks))
+    write(folder / "assessment.html", html_page(blocks))
     return folder
 
 

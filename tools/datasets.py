@@ -27,6 +27,7 @@ import matplotlib
 import minari
 import numpy as np
 import pandas as pd
+from common import UserError, write
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -48,10 +49,6 @@ them than {MARGIN:.0%} of their distance."""
 DRIFT_WORDS = f"""\
 Means over the episodes as they are stored, a log's in the order of time. Moved by: the last third less the
 first, in deviations; in bold from {MOVED:g} on. A log that drifts is several logs."""
-
-
-class UserError(Exception):
-    """What the user can mend: one line on stderr and exit status 2."""
 
 
 # ------------------------------------------------ The data ------------------------------------------------
@@ -585,17 +582,6 @@ def make_card(dataset: minari.MinariDataset, folder: Path) -> bool:
     print(f"\n{dataset.id}", *(f"  {name:<34}{value}" for name, value in facts.items()), sep="\n")
     print(f"\n{spread.to_string()}\n\nsha256 {origin['sha256']}\nCard: {card}")
     return recorded in (None, data.digest)
-
-
-def write(file: Path, content: bytes) -> None:
-    """All of it or nothing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f"{file.name}.new")
-    try:
-        new.write_bytes(content)
-        new.replace(file)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def check_card(dataset_id: str, card: Path) -> bool:

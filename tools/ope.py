@@ -39,7 +39,6 @@ known exactly. FQE, DR and WDR are those of doubly_robust.py.
 import argparse
 import importlib.util
 import json
-import os
 import sys
 import time
 from functools import partial
@@ -51,9 +50,8 @@ import numpy as np
 import pandas as pd
 import scipy
 import torch
+from common import ROOT, write
 from tqdm import tqdm
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def load(path: str):
@@ -414,11 +412,9 @@ def study_locomotion(robot: str, updates: int) -> pd.DataFrame:
 # -------------------------------------------- The command line --------------------------------------------
 
 
-def write(table: pd.DataFrame, out: Path) -> None:
+def write_table(table: pd.DataFrame, out: Path) -> None:
     """The table as CSV, at once or not at all; and printed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(f"{out}.new", index=False, float_format="%.6g")
-    os.replace(f"{out}.new", out)
+    write(out, table.to_csv(index=False, float_format="%.6g"))
     print(table.to_string(index=False, float_format="{:.4f}".format))
     print(f"written to {out}")
 
@@ -427,17 +423,17 @@ def run(options: argparse.Namespace) -> None:
     """One part of the study."""
     out = options.out / f"{options.part}.csv"
     if options.part == "coverage":
-        write(summarize(study(options.logs, options.episodes, options.resamples)), out)
+        write_table(summarize(study(options.logs, options.episodes, options.resamples)), out)
     elif options.part == "rankings":
-        write(judge(compare(options.logs, options.episodes)), out)
+        write_table(judge(compare(options.logs, options.episodes)), out)
     elif options.part == "learners":
-        write(exact_values(options.runs), out)
+        write_table(exact_values(options.runs), out)
         if options.picture:
             draw(options.runs, options.picture)
     elif options.part == "clicks":
-        write(study_clicks(options.folder or find_clicks()), out)
+        write_table(study_clicks(options.folder or find_clicks()), out)
     else:
-        write(pd.concat([study_locomotion(robot, options.updates) for robot in ROBOTS]), out)
+        write_table(pd.concat([study_locomotion(robot, options.updates) for robot in ROBOTS]), out)
 
 
 def main() -> int:
