@@ -15,13 +15,13 @@ FAMILIES = ("algorithms/offline/", "algorithms/discrete/", "algorithms/finetune/
 LEARNERS = [path for path in SCRIPTS if path.startswith(FAMILIES)]
 MAX_WIDTH = 110
 LIMITS = {  # own part, train, first line of `update`, toolbox with its banner; the longest name counts
-    "algorithms/": (325, 50, 150, 608),
-    "algorithms/discrete/": (325, 50, 150, 620),  # states, vectors and planes to read
-    "algorithms/finetune/": (361, 60, 161, 785),  # a second phase, in an environment
-    "algorithms/finetune/wsrl.py": (361, 62, 161, 785),  # steps without updates between the phases
-    "algorithms/offline/mopo.py": (471, 50, 150, 717),  # a model to fit, to check and to roll out
-    "algorithms/offline/combo.py": (471, 50, 150, 717),
-    "algorithms/offline/morel.py": (471, 50, 150, 717),
+    "algorithms/": (330, 50, 150, 657),
+    "algorithms/discrete/": (330, 50, 150, 669),  # states, vectors and planes to read
+    "algorithms/finetune/": (370, 60, 161, 834),  # a second phase, in an environment
+    "algorithms/finetune/wsrl.py": (370, 62, 161, 834),  # steps without updates between the phases
+    "algorithms/offline/mopo.py": (474, 50, 150, 766),  # a model to fit, to check and to roll out
+    "algorithms/offline/combo.py": (474, 50, 150, 766),
+    "algorithms/offline/morel.py": (474, 50, 150, 766),
 }
 ASKING = r"\bhasattr\(|\bgetattr\(learner\b"  # a toolbox that asks a learner what it is
 

@@ -134,7 +134,7 @@ class SPOT:
         self.target_actor, self.target_critic = copy.deepcopy(self.actor).eval(), copy.deepcopy(self.critic)
         self.vae_optimizer = torch.optim.Adam(self.vae.parameters(), config.vae_lr, fused=True)
         self.renew_optimizers()
-        self.actor_metrics = {}  # none before the first delayed update
+        self.metrics = {}  # of the latest update, and of the actor's latest
 
     def renew_optimizers(self) -> None:
         """Of actor and critic: what they gathered offline is dropped at the switch, as by the authors."""
@@ -143,18 +143,28 @@ class SPOT:
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         self.updates += 1
-        if self.updates <= self.config.vae_updates:
+        has_vae = self.updates > self.config.vae_updates
+        moves_actor = has_vae and self.updates % self.config.policy_delay == 0
+        self.metrics |= self.learn(batch, has_vae, moves_actor, self.annealed_weight())
+        return self.metrics
+
+    def learn(
+        self, batch: dict[str, Tensor], has_vae: bool, moves_actor: bool, weight: Tensor
+    ) -> dict[str, Tensor]:
+        """Every step of an update; on a GPU one CUDA graph: what `updates` decides comes as an argument."""
+        if not has_vae:
             loss, metrics = self.vae_loss(batch)
             descend(self.vae_optimizer, loss)
             return metrics
         loss, metrics = self.critic_loss(batch)
         descend(self.critic_optimizer, loss)
-        if self.updates % self.config.policy_delay == 0:
-            loss, self.actor_metrics = self.actor_loss(batch, self.annealed_weight())
+        if moves_actor:
+            loss, actor_metrics = self.actor_loss(batch, weight)
             descend(self.actor_optimizer, loss)
             polyak(self.target_actor, self.actor, self.config.tau)  # (8)
             polyak(self.target_critic, self.critic, self.config.tau)  # (8)
-        return metrics | self.actor_metrics
+            metrics |= actor_metrics
+        return metrics
 
     def bound(self, observations: Tensor, actions: Tensor) -> Tensor:
         """E [B], above -log density of the actions but for a constant and a factor."""
@@ -190,7 +200,7 @@ class SPOT:
         c = self.config
         steps = max(self.updates - c.updates, 0) / c.updates_per_step
         share = max(c.decay_to, 1 - steps / c.decay_steps)
-        return torch.tensor(c.density_weight * share, device=self.scaler.mean.device)  # (7)
+        return torch.full((), c.density_weight * share, device=self.scaler.mean.device)  # (7)
 
     @torch.inference_mode()
     def act(self, observations) -> np.ndarray:
@@ -573,8 +583,57 @@ def set_up_torch(config: Config) -> torch.device:
         return torch.zeros(1, device=auto if config.device == "auto" else config.device).device
 
 
+class CudaGraph:
+    """`learn` of a learner on a GPU: what its Python launched one by one is launched again at a stroke.
+
+    A graph serves inputs of one shape, one choice of the other arguments and the optimisers of its time,
+    after three eager calls that set up what must exist before. The next call overwrites what one returns.
+    """
+
+    def __init__(self, learner):
+        self.learner, self.learn, self.stream = learner, learner.learn, torch.cuda.Stream()
+        self.calls, self.graphs = {}, {}
+
+    def __call__(self, *inputs) -> dict[str, Tensor]:
+        entries, steppers = [leaf for each in inputs for leaf in leaves(each)], optimizers(self.learner)
+        kind = *steppers, *(entry.shape if isinstance(entry, Tensor) else entry for entry in entries)
+        self.calls[kind] = self.calls.get(kind, 0) + 1
+        if self.calls[kind] <= 3:
+            return self.set_up(steppers, *inputs)
+        if kind not in self.graphs:
+            self.graphs[kind] = self.capture(*inputs)
+        graph, read, result = self.graphs[kind]
+        torch._foreach_copy_(read, [entry for entry in entries if isinstance(entry, Tensor)])
+        graph.replay()
+        return result
+
+    def set_up(self, steppers: list[torch.optim.Optimizer], *inputs) -> dict[str, Tensor]:
+        for group in [group for optimizer in steppers for group in optimizer.param_groups]:
+            device, group["capturable"] = group["params"][0].device, True
+            group["lr"] = torch.as_tensor(group["lr"], device=device)  # schedules write there
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = self.learn(*inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+    def capture(self, *inputs) -> tuple[torch.cuda.CUDAGraph, list[Tensor], dict[str, Tensor]]:
+        """The graph, the tensors that it reads, and those that it writes its result to."""
+        read, graph = copy.deepcopy(inputs), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            result = self.learn(*read)
+        return graph, [leaf for each in read for leaf in leaves(each) if isinstance(leaf, Tensor)], result
+
+
+def optimizers(learner) -> list[torch.optim.Optimizer]:
+    return [part for part in vars(learner).values() if isinstance(part, torch.optim.Optimizer)]
+
+
 def compile_methods(learner, *names: str) -> bool:
-    """Compiles these methods; where there is no C++ compiler to do it, they stay as they are."""
+    """Compiles these methods, or makes `learn` a CUDA graph; without a C++ compiler all stays as it is."""
+    if optimizers(learner)[0].param_groups[0]["params"][0].is_cuda:
+        learner.learn = CudaGraph(learner)
+        return True
     if not shutil.which(os.environ.get("CXX", "g++")):
         print("no C++ compiler (g++) here: the losses are not compiled, which is slower", file=sys.stderr)
         return False

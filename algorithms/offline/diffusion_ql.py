@@ -131,12 +131,16 @@ class DiffusionQL:
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         self.updates += 1
+        return self.learn(batch, self.updates % self.config.ema_every == 0)
+
+    def learn(self, batch: dict[str, Tensor], moves_ema: bool) -> dict[str, Tensor]:
+        """Every step of an update; on a GPU one CUDA graph: what `updates` decides comes as an argument."""
         loss, critic_metrics = self.critic_loss(batch)
         descend_at_most(self.critic_optimizer, loss, self.config.gradient_norm)
         loss, actor_metrics = self.actor_loss(batch)
         descend_at_most(self.actor_optimizer, loss, self.config.gradient_norm)
         polyak(self.target_critic, self.critic, self.config.tau)  # (9)
-        if self.updates % self.config.ema_every == 0:
+        if moves_ema:
             polyak(self.ema_actor, self.actor, self.config.actor_tau)  # (9)
         return critic_metrics | actor_metrics
 
@@ -168,7 +172,7 @@ class DiffusionQL:
         before = torch.cat([torch.ones_like(self.beta[:1]), self.alpha_bar[:-1]])  # abar_{t-1} [T]
         for step in reversed(range(self.config.diffusion_steps)):  # t - 1
             beta, alpha_bar, alpha_bar_before = self.beta[step], self.alpha_bar[step], before[step]
-            noise = actor(observations, actions, torch.tensor([step], device=actions.device))
+            noise = actor(observations, actions, torch.full((1,), step, device=actions.device))
             clean = ((actions - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()).clamp(-1, 1)  # (6)
             kept = (1 - beta).sqrt() * (1 - alpha_bar_before) * actions
             mean = (alpha_bar_before.sqrt() * beta * clean + kept) / (1 - alpha_bar)
@@ -330,8 +334,57 @@ def set_up_torch(config: Config) -> torch.device:
         return torch.zeros(1, device=auto if config.device == "auto" else config.device).device
 
 
+class CudaGraph:
+    """`learn` of a learner on a GPU: what its Python launched one by one is launched again at a stroke.
+
+    A graph serves inputs of one shape, one choice of the other arguments and the optimisers of its time,
+    after three eager calls that set up what must exist before. The next call overwrites what one returns.
+    """
+
+    def __init__(self, learner):
+        self.learner, self.learn, self.stream = learner, learner.learn, torch.cuda.Stream()
+        self.calls, self.graphs = {}, {}
+
+    def __call__(self, *inputs) -> dict[str, Tensor]:
+        entries, steppers = [leaf for each in inputs for leaf in leaves(each)], optimizers(self.learner)
+        kind = *steppers, *(entry.shape if isinstance(entry, Tensor) else entry for entry in entries)
+        self.calls[kind] = self.calls.get(kind, 0) + 1
+        if self.calls[kind] <= 3:
+            return self.set_up(steppers, *inputs)
+        if kind not in self.graphs:
+            self.graphs[kind] = self.capture(*inputs)
+        graph, read, result = self.graphs[kind]
+        torch._foreach_copy_(read, [entry for entry in entries if isinstance(entry, Tensor)])
+        graph.replay()
+        return result
+
+    def set_up(self, steppers: list[torch.optim.Optimizer], *inputs) -> dict[str, Tensor]:
+        for group in [group for optimizer in steppers for group in optimizer.param_groups]:
+            device, group["capturable"] = group["params"][0].device, True
+            group["lr"] = torch.as_tensor(group["lr"], device=device)  # schedules write there
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = self.learn(*inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+    def capture(self, *inputs) -> tuple[torch.cuda.CUDAGraph, list[Tensor], dict[str, Tensor]]:
+        """The graph, the tensors that it reads, and those that it writes its result to."""
+        read, graph = copy.deepcopy(inputs), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            result = self.learn(*read)
+        return graph, [leaf for each in read for leaf in leaves(each) if isinstance(leaf, Tensor)], result
+
+
+def optimizers(learner) -> list[torch.optim.Optimizer]:
+    return [part for part in vars(learner).values() if isinstance(part, torch.optim.Optimizer)]
+
+
 def compile_methods(learner, *names: str) -> bool:
-    """Compiles these methods; where there is no C++ compiler to do it, they stay as they are."""
+    """Compiles these methods, or makes `learn` a CUDA graph; without a C++ compiler all stays as it is."""
+    if optimizers(learner)[0].param_groups[0]["params"][0].is_cuda:
+        learner.learn = CudaGraph(learner)
+        return True
     if not shutil.which(os.environ.get("CXX", "g++")):
         print("no C++ compiler (g++) here: the losses are not compiled, which is slower", file=sys.stderr)
         return False

@@ -117,7 +117,7 @@ class TD3BC:
         self.target_actor, self.target_critic = copy.deepcopy(self.actor), copy.deepcopy(self.critic)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), config.actor_lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), config.critic_lr, fused=True)
-        self.actor_metrics = {}  # none before the first delayed update
+        self.metrics = {}  # of the latest update, and of the actor's latest
 
     def critic_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         c = self.config
@@ -139,14 +139,20 @@ class TD3BC:
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         self.updates += 1
+        self.metrics |= self.learn(batch, self.updates % self.config.policy_delay == 0)
+        return self.metrics
+
+    def learn(self, batch: dict[str, Tensor], moves_actor: bool) -> dict[str, Tensor]:
+        """Every step of an update; on a GPU one CUDA graph: what `updates` decides comes as an argument."""
         loss, metrics = self.critic_loss(batch)
         descend(self.critic_optimizer, loss)
-        if self.updates % self.config.policy_delay == 0:
-            loss, self.actor_metrics = self.actor_loss(batch)
+        if moves_actor:
+            loss, actor_metrics = self.actor_loss(batch)
             descend(self.actor_optimizer, loss)
             polyak(self.target_actor, self.actor, self.config.tau)  # (6)
             polyak(self.target_critic, self.critic, self.config.tau)  # (6)
-        return metrics | self.actor_metrics
+            metrics |= actor_metrics
+        return metrics
 
     @torch.inference_mode()
     def act(self, observations) -> np.ndarray:
@@ -288,8 +294,57 @@ def set_up_torch(config: Config) -> torch.device:
         return torch.zeros(1, device=auto if config.device == "auto" else config.device).device
 
 
+class CudaGraph:
+    """`learn` of a learner on a GPU: what its Python launched one by one is launched again at a stroke.
+
+    A graph serves inputs of one shape, one choice of the other arguments and the optimisers of its time,
+    after three eager calls that set up what must exist before. The next call overwrites what one returns.
+    """
+
+    def __init__(self, learner):
+        self.learner, self.learn, self.stream = learner, learner.learn, torch.cuda.Stream()
+        self.calls, self.graphs = {}, {}
+
+    def __call__(self, *inputs) -> dict[str, Tensor]:
+        entries, steppers = [leaf for each in inputs for leaf in leaves(each)], optimizers(self.learner)
+        kind = *steppers, *(entry.shape if isinstance(entry, Tensor) else entry for entry in entries)
+        self.calls[kind] = self.calls.get(kind, 0) + 1
+        if self.calls[kind] <= 3:
+            return self.set_up(steppers, *inputs)
+        if kind not in self.graphs:
+            self.graphs[kind] = self.capture(*inputs)
+        graph, read, result = self.graphs[kind]
+        torch._foreach_copy_(read, [entry for entry in entries if isinstance(entry, Tensor)])
+        graph.replay()
+        return result
+
+    def set_up(self, steppers: list[torch.optim.Optimizer], *inputs) -> dict[str, Tensor]:
+        for group in [group for optimizer in steppers for group in optimizer.param_groups]:
+            device, group["capturable"] = group["params"][0].device, True
+            group["lr"] = torch.as_tensor(group["lr"], device=device)  # schedules write there
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = self.learn(*inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+    def capture(self, *inputs) -> tuple[torch.cuda.CUDAGraph, list[Tensor], dict[str, Tensor]]:
+        """The graph, the tensors that it reads, and those that it writes its result to."""
+        read, graph = copy.deepcopy(inputs), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            result = self.learn(*read)
+        return graph, [leaf for each in read for leaf in leaves(each) if isinstance(leaf, Tensor)], result
+
+
+def optimizers(learner) -> list[torch.optim.Optimizer]:
+    return [part for part in vars(learner).values() if isinstance(part, torch.optim.Optimizer)]
+
+
 def compile_methods(learner, *names: str) -> bool:
-    """Compiles these methods; where there is no C++ compiler to do it, they stay as they are."""
+    """Compiles these methods, or makes `learn` a CUDA graph; without a C++ compiler all stays as it is."""
+    if optimizers(learner)[0].param_groups[0]["params"][0].is_cuda:
+        learner.learn = CudaGraph(learner)
+        return True
     if not shutil.which(os.environ.get("CXX", "g++")):
         print("no C++ compiler (g++) here: the losses are not compiled, which is slower", file=sys.stderr)
         return False
