@@ -162,8 +162,9 @@ class DiffusionQL:
         noisy = alpha_bar.sqrt() * actions + (1 - alpha_bar).sqrt() * noise  # (4)
         imitation = (noise - self.actor(observations, noisy, steps)).square().mean()  # (5)
         q = self.critic(observations, self.sample(self.actor, observations))  # [2, B]
-        climbed = torch.randint(2, (), device=q.device)  # by lot; the other critic is the measure
-        loss = imitation - self.config.eta * q[climbed].mean() / q[1 - climbed].detach().abs().mean()  # (8)
+        climbed = torch.randint(2, (1,), device=q.device)  # by lot; the other critic is the measure
+        measure = q.index_select(0, 1 - climbed).detach().abs().mean()
+        loss = imitation - self.config.eta * q.index_select(0, climbed).mean() / measure  # (8)
         return loss, {"actor/loss": loss.detach(), "actor/imitation": imitation.detach()}
 
     def sample(self, actor: nn.Module, observations: Tensor) -> Tensor:
@@ -381,10 +382,7 @@ def optimizers(learner) -> list[torch.optim.Optimizer]:
 
 
 def compile_methods(learner, *names: str) -> bool:
-    """Compiles these methods, or makes `learn` a CUDA graph; without a C++ compiler all stays as it is."""
-    if optimizers(learner)[0].param_groups[0]["params"][0].is_cuda:
-        learner.learn = CudaGraph(learner)
-        return True
+    """Compiles these methods, on a GPU `learn` becomes a CUDA graph; all stays where there is no compiler."""
     if not shutil.which(os.environ.get("CXX", "g++")):
         print("no C++ compiler (g++) here: the losses are not compiled, which is slower", file=sys.stderr)
         return False
@@ -392,6 +390,8 @@ def compile_methods(learner, *names: str) -> bool:
         # eager's random numbers are faster here, and the same as uncompiled
         method = torch.compile(getattr(learner, name), dynamic=False, options={"fallback_random": True})
         setattr(learner, name, method)
+    if optimizers(learner)[0].param_groups[0]["params"][0].is_cuda:
+        learner.learn = CudaGraph(learner)
     return True
 
 
