@@ -399,6 +399,19 @@ def test_choices_and_quantities_do_not_mix(refused, tmp_path):
     assert "action_1 holds words, where actions should be numbers" in refused(tmp_path / "log.csv")
 
 
+def test_a_hundred_combinations_are_a_choice_and_one_more_is_none(tabled, refused, tmp_path):
+    rows = np.arange(101)
+    table = pd.DataFrame({"observation_0": rows, "action_0": rows // 2, "action_1": rows % 2, "reward": 1.0})
+    table = table.assign(termination=True, truncation=False)
+    table.to_csv(tmp_path / "log.csv", index=False)
+    line = refused(tmp_path / "log.csv", "csv", "--choices", "joint")
+    assert "actions are 101 combinations; at most 100 are a choice" in line
+    table["action_1"] = table["action_1"].astype(object)
+    table.loc[100, "action_1"] = None  # which is no combination
+    dataset, _, _ = tabled(table, "--choices", "joint", "--missing", "drop")
+    assert dataset.action_space.n == 100
+
+
 def test_observed_words_become_entries(tabled):
     words = ["night", "day", "day", "late", "late", "night", "day", "night"]
     table = make_table(shift=words).assign(next_shift=[*words[1:], "closed"])
@@ -502,6 +515,15 @@ def test_what_was_seen_after_a_step_stands_for_what_is_seen_before_the_next(impo
     np.testing.assert_array_equal(episodes[2].observations, whole[0][[6, 6, 6]])
 
 
+def test_what_another_episode_saw_last_stands_for_nothing(imported):
+    log = make_log()
+    log["next_observations"] = np.append(log["observations"][1:], [[80.0, 81.0]], 0)
+    log["observations"][3] = np.nan  # the first of the second episode
+    _, episodes, out = imported(log, "npz", "--missing", "carry")
+    assert [len(episode.rewards) for episode in episodes] == [3, 2]
+    assert "episodes left out, as a value is missing in them: 1\n" in out
+
+
 def test_missing_words_and_choices(tabled):
     table = make_table(action_0=[*"bbaabba", None], shift=["x", None, "y", "x", "y", "x", "y", "y"])
     names = ("--observations", "shift", "--missing", "carry")
@@ -525,9 +547,11 @@ def timed() -> pd.DataFrame:
 
 
 def test_times_and_ids_put_rows_in_order(tabled):
-    _, episodes, out = tabled(timed())
-    assert [episode.rewards.tolist() for episode in episodes] == [[3.5, 4.5, 5.5, 6.5], [0.5, 1.5, 2.5]]
-    assert [episode.terminations[-1] for episode in episodes] == [False, True]
+    for table in (timed(), timed().iloc[[*range(1, 8), 0]]):  # first a row of episode 1, or of episode 0
+        _, episodes, out = tabled(table)
+        minari.delete_dataset("my/logs-v0")
+        assert [episode.rewards.tolist() for episode in episodes] == [[3.5, 4.5, 5.5, 6.5], [0.5, 1.5, 2.5]]
+        assert [episode.terminations[-1] for episode in episodes] == [False, True]
     assert "gaps in time, steps of up to 40 where 10 is usual, kept as they are" in out
 
 

@@ -485,11 +485,11 @@ def number_choices(log: Log, columns: dict) -> tuple[np.ndarray, list[str]]:
         words[name] = [value if isinstance(value, str) else f"{value:.0f}" for value in found]
         joint = joint * len(found) + codes
         absent = absent | (codes < 0)
-    combinations, numbers = np.unique(np.where(absent, -1, joint), return_inverse=True)
+    found, numbers = np.unique(np.where(absent, -1, joint), return_inverse=True)
+    combinations, names = found[found >= 0], []
     if len(combinations) > MAX_WORDS:
         raise log.fault(f"actions are {len(combinations):,} combinations; at most {MAX_WORDS} are a choice")
-    names = []
-    for combination in combinations[combinations >= 0]:
+    for combination in combinations:
         parts = []
         for name in reversed(words):
             combination, word = divmod(combination, len(words[name]))
