@@ -40,6 +40,7 @@ def test_there_are_scripts_that_learn_values():
 STEP_SIZES = {"temperature": "actor_lr", "multiplier": "critic_lr", "flow": "actor_lr"}
 UNSCALED = {"lb_sac": {"batch_size": 256}}  # its step sizes are those of such a batch
 DEFAULTS = {"weight_decay": 0, "betas": (0.9, 0.999), "eps": 1e-8}  # but where the Config has such a field
+OTHERS = {"DiffusionPolicy": {"betas": (0.95, 0.999)}}  # its authors'
 
 
 def optimizer_faults(learner) -> list[str]:
@@ -48,7 +49,8 @@ def optimizer_faults(learner) -> list[str]:
     for name, optimizer in parts(learner, torch.optim.Optimizer).items():
         part = name.removesuffix("_optimizer")
         size = f"{part}_lr" if hasattr(config, f"{part}_lr") else STEP_SIZES[part]
-        wanted = {key: getattr(config, key, value) for key, value in DEFAULTS.items()}
+        usual = DEFAULTS | OTHERS.get(type(learner).__name__, {})
+        wanted = {key: getattr(config, key, value) for key, value in usual.items()}
         wanted |= {"first lr": getattr(config, size), "fused": True}
         moved, owned = set(), {id(weight) for weight in getattr(learner, part).parameters()}
         for group in optimizer.param_groups:

@@ -31,6 +31,8 @@ def new_learner(script, device: str, **fields):
 def new_batch(script, number: int) -> dict[str, torch.Tensor]:
     rng = np.random.default_rng(number)
     normal = lambda *shape: torch.as_tensor(rng.normal(size=shape), dtype=torch.float32, device="cuda")  # noqa: E731
+    if hasattr(script, "chunks"):
+        return {"observations": normal(ROWS, 4, OBS), "actions": normal(ROWS, 16, ACT).clamp(-1, 1)}
     if hasattr(script, "windows"):
         steps = {"observations": normal(ROWS, 4, OBS), "actions": normal(ROWS, 4, ACT).clamp(-1, 1)}
         numbers = torch.arange(4.0, device="cuda").repeat(ROWS, 1)

@@ -17,6 +17,7 @@ export = importlib.import_module("export")
 sys.path.pop(0)
 
 REFUSED = {"fql": "noise", "idql": "noise", "diffusion_ql": "noise", "dt": "remembers"}
+REFUSED["diffusion_policy"] = "remembers"
 CHOICES = sorted(path.stem for path in (ROOT / "algorithms/discrete").glob("*.py"))
 
 

@@ -440,7 +440,7 @@ def test_what_a_run_folder_holds(scripts, finished, pendulum, name):
     assert info["updates_per_second"] == pytest.approx(metrics["time/updates_per_second"].median())
     expected = {"actor/loss", "actor/support_gap", *SPEED}
     expected |= {f"eval/{key}" for key in ("score", "return_mean", "return_std", "length_mean")}
-    if name not in {"bc", "dt"}:
+    if name not in {"bc", "dt", "diffusion_policy"}:
         expected |= {"critic/loss", "critic/q_mean", "critic/data_return"}
     assert expected <= {*metrics}
 
@@ -533,7 +533,8 @@ OTHER = {  # another value of a field, where `other_value` would be none or not 
     "wandb_project": "other",
 }
 FREE = {"device", "threads", "log_every", "checkpoint_every", "wandb_mode", "wandb_project", "output_dir"}
-EVALUATION = {"environment", "eval_every", "eval_episodes", "final_eval_episodes", "act_samples"}
+ACTING = {"act_samples", "act_horizon", "act_stride", "act_noise"}  # by what a trained policy acts
+EVALUATION = {"environment", "eval_every", "eval_episodes", "final_eval_episodes", *ACTING}
 RECORD = {"ref_min", "ref_max", "variant", "threads", "precision", "compile"}
 EVERY_FIELD = {"td3_bc", "dt", "mopo"}  # what others do with the fields of these sets is td3_bc's code
 
@@ -579,7 +580,7 @@ def test_every_field_changes_something(scripts, brief, tmp_path, monkeypatch, na
             "precision": torch.get_float32_matmul_precision(),
         }
 
-    plain, shared = outcome(), FREE | RECORD | EVALUATION - {"act_samples"}
+    plain, shared = outcome(), FREE | RECORD | EVALUATION - ACTING
     for field in vars(base) if name in EVERY_FIELD else vars(base).keys() - shared:
         found = outcome(field)
         same = {key for key in plain if equal(found[key], plain[key])}
@@ -731,7 +732,7 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so_once(call, pendulum, tmp
 
 
 # Whose actions are drawn: by torch's generator, the same ones for the same state of it.
-DRAWN = {"diffusion_ql", "fql", "idql"}
+DRAWN = {"diffusion_policy", "diffusion_ql", "fql", "idql"}
 
 
 @pytest.mark.parametrize("name", OFFLINE)
