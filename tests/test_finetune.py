@@ -6,15 +6,18 @@ import shutil
 import signal
 from pathlib import Path
 
+import benchmark
 import gymnasium as gym
 import minari
 import numpy as np
 import pandas as pd
+import plot
 import pytest
+import scores
 import test_learning
 import torch
 import yaml
-from conftest import FINETUNE, learner_class, load_script, random_episodes
+from conftest import FINETUNE, ROOT, learner_class, load_script, random_episodes
 from runs import assert_same_run, at_update, checkpoint, contents, equal, record, stop
 from test_learning import strides  # noqa: F401
 
@@ -197,6 +200,21 @@ def test_the_record_of_both_phases(whole, brief, name):
     tenth = [update for update in online if update <= UPDATES + (LAST[name] - UPDATES) / 10]
     lowest = min(metrics.loc[tenth, "eval/score"]) if tenth else None
     assert info["lowest_score_after_switch"] == lowest
+
+
+@pytest.mark.parametrize("name", FINETUNE)
+def test_the_final_evaluation_is_in_the_table_of_scores(whole, brief, name):
+    """Also of those that make some steps without updates: it is at the last update that there was."""
+    folder = place(whole, name, brief)
+    info = record(folder)
+    rows = scores.read_run(folder, scores.name_run(folder, info), info)
+    assert [*rows.loc[rows["phase"] == "final", "update"]] == [LAST[name]]
+    final = rows.iloc[-1]
+    assert (final["episodes"], final["online_steps"], final["score"]) == (3, STEPS, info["score"])
+    assert [final[column] for column in ("score_at_switch", "regret")] == [
+        info["score_at_switch"], info["regret"]]
+    assert {*rows["phase"]} == {"offline", "online", "final"}
+    assert plot.read_run(folder)[0]["updates"] == LAST[name]
 
 
 @pytest.mark.parametrize("name", FINETUNE)
@@ -689,11 +707,32 @@ def test_every_field_changes_something(tune, brief, tmp_path, name):
         assert not equal(changed, plain), field
 
 
+# ---------------------------------------- the runs of docs/online.md ----------------------------------------
+
+
+def test_the_matrix_compares_all_scripts_on_equal_terms():
+    """The same steps for all, and the same offline updates but for RLPD; beside it SAC from scratch."""
+    runs = benchmark.expand(benchmark.read_matrix(ROOT / "configs/benchmark/online.yaml"), Path("unused"))
+    settings = {(run.script.stem, run.config["variant"]): run.config for run in runs}
+    assert {*settings} == {*((name, "default") for name in FINETUNE), ("rlpd", "scratch")}
+    datasets = {"reef/pointmaze/umaze-v0", "reef/halfcheetah/medium-replay-v1"}
+    assert len(runs) == len({run.folder for run in runs}) == len(settings) * len(datasets) * 3
+    assert {run.config["dataset"] for run in runs} == datasets
+    assert {run.seed for run in runs} == {0, 1, 2}
+    assert {run.config["online_steps"] for run in runs} == {20_000}
+    for run in runs:
+        assert run.config["updates"] == (0 if run.script.stem == "rlpd" else 10_000)
+        last = 10_000 + 20_000 * run.config["updates_per_step"]
+        assert run.config["eval_every"] < last / 10  # so that there is a lowest score after the switch
+        assert (run.config.get("online_fraction") == 1) == (run.config["variant"] == "scratch")
+
+
 # ------------------------------------ a problem with a known answer ------------------------------------
 
 # The corridor of tests/test_learning.py: half of the updates on the data alone, with RLPD none of them. Those
 # whose learner is a script's of offline/, word for word, are tried there.
 LEARNING = {
+    "cal_ql": {"updates": 200, "online_steps": 200, "cql_weight": 0.1, "cql_actions": 2},
     "iql": {"expectile": 0.9},
     "spot": {"vae_updates": 100},
     "wsrl": {"online_steps": 200, "warmup_steps": 50, "updates_per_step": 2, "critics": 4, "cql_weight": 0.1},

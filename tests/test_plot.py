@@ -10,6 +10,7 @@ import pandas as pd
 import plot
 import pytest
 from conftest import load_script, short
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 MAZE, CHEETAH = "own/maze-v0", "own/cheetah/mixed-v1"
 ONLINE = {"online_steps": 1000, "updates_per_step": 2}
@@ -27,7 +28,8 @@ def make(tmp_path):
 
     def make(algorithm: str, seed: int = 0, curve: dict | None = None, score: float = 5.0, **fields) -> Path:
         config = {"dataset": MAZE, "variant": "default", "updates": 400, "seed": seed}
-        config |= {name: fields.pop(name) for name in list(fields) if name in {**config, **ONLINE}}
+        known = {*config, *ONLINE, "random_steps"}
+        config |= {name: fields.pop(name) for name in list(fields) if name in known}
         root, family = fields.pop("root", tmp_path), fields.pop("family", "offline")
         scored = fields.pop("scored", True)
         folder = root / family / algorithm / config["dataset"] / config["variant"] / f"seed-{config['seed']}"
@@ -61,8 +63,9 @@ def run(capsys):
 
 
 def table(out: str) -> dict[tuple[str, str], list[str]]:
-    """Rows of the printed table by dataset and algorithm."""
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line[:1] == "|"]
+    """Rows of the first printed table by dataset and algorithm."""
+    lines = [line for line in out.partition("\n\n")[0].splitlines() if line[:1] == "|"]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     return {(dataset, learner): rest for dataset, learner, *rest in rows[2:]}
 
 
@@ -169,6 +172,49 @@ def test_what_goes_on_online_is_drawn_against_experience(make, run, tmp_path):
     assert panels[MAZE].get_xlabel() == "gradient updates"
     _, out, _ = run(tmp_path)
     assert table(out)[MAZE, "finetune iql"] == ["5.0", "50.0", "9.0", "1 (and 1 not finished)", "2,400"]
+
+
+def test_who_makes_no_offline_update_starts_at_the_switch(make, tmp_path):
+    """Its first evaluation is before any step; it makes 100 steps without updates."""
+    fields = ONLINE | {"updates": 0, "random_steps": 100}
+    folder = make("rlpd", 0, {0: 1.0, 1800: 4.0}, family="finetune", **fields)
+    metrics = pd.read_csv(folder / "metrics.csv")
+    metrics.assign(**{"online/steps": [np.nan, *[1000.0] * (len(metrics) - 1)]}).to_csv(
+        folder / "metrics.csv", index=False)
+    lines, _ = drawn(tmp_path)
+    assert [list(x) for x, _, width in lines[f"{MAZE}, then online"] if width == 2] == [[0, 1000]]
+    assert plot.find_runs([tmp_path])[0]["updates"].tolist() == [1800]
+
+
+def test_a_second_table_tells_what_became_of_the_score_after_the_switch(make, run, tmp_path):
+    """Of finished runs alone; empty where one does not know a number."""
+    make("bc")
+    _, out, _ = run(tmp_path)
+    assert "Regret" not in out
+    for seed, (switch, lowest, regret) in enumerate([(30.0, 10.0, 0.5), (40.0, 20.0, 0.25)]):
+        known = {"score_at_switch": switch, "lowest_score_after_switch": lowest, "regret": regret}
+        make("cql", seed, family="finetune", score=60.0 + seed, **known, **ONLINE)
+        make("iql", seed, family="finetune", score=1.0, **(known if seed else {}), **ONLINE)
+    make("cql", 2, family="finetune", status="running", **ONLINE)
+    _, out, _ = run(tmp_path)
+    second = out.partition("\n\n")[2]
+    assert "| At the switch | Lowest in the first tenth | Last | Regret |" in second
+    assert table(second) == {
+        (MAZE, "finetune cql"): ["2", "400", "1,000", "35.0 ± 7.1", "15.0 ± 7.1", "60.5 ± 0.7", "0.38"],
+        (MAZE, "finetune iql"): ["2", "400", "1,000", "", "", "1.0 ± 0.0", ""],
+    }
+
+
+def test_no_name_is_cut_off_in_the_legend(make, tmp_path):
+    for name in ("cal_ql", "cql", "rlpd"):
+        make(name, 0, family="finetune", **ONLINE)
+    make("rlpd", 0, family="finetune", variant="scratch", **ONLINE)
+    with matplotlib.rc_context(plot.STYLE):
+        figure = plot.draw(*plot.find_runs([tmp_path]))
+        FigureCanvasAgg(figure).draw()
+        (legend,) = figure.legends
+        ends = [text.get_window_extent().x1 for text in legend.get_texts()]
+    assert max(ends) <= figure.bbox.x1
 
 
 def test_the_same_seed_in_two_folders_is_two_lines(make, run, tmp_path):

@@ -11,7 +11,9 @@ It shows scores, or returns where a run has no score. Runs that go on online hav
 steps of experience from the switch on; the offline phase is left of it, on a scale of its own.
 
 The table has the final evaluations, mean and standard deviation over seeds. The best on the way was chosen
-with the simulator, which offline learning does not have.
+with the simulator, which offline learning does not have. A second table tells what became of the score of
+runs that went on online, with the regret: the mean over online episodes of 1 - success, or of 1 - score / 100
+where an environment knows no success.
 """
 
 import argparse
@@ -54,6 +56,7 @@ from report_figures import (
 
 SUFFIXES = (".png", ".pdf", ".svg")
 FINAL = ["score", "return_mean", "best_score"]
+SWITCH = ["score_at_switch", "lowest_score_after_switch", "score", "regret"]
 
 
 # ------------------------------------------------ The runs ------------------------------------------------
@@ -96,8 +99,9 @@ def read_run(folder: Path) -> tuple[dict, pd.DataFrame]:
     steps = config.get("online_steps", 0)
     run = name_run(folder, info) | {"finished": finished, "dataset_hash": info.get("dataset_hash", "")}
     run |= {"switch": config["updates"], "online_steps": steps}
-    run |= {"updates": config["updates"] + steps * config.get("updates_per_step", 1)}
-    run |= {name: info.get(name) if finished else None for name in FINAL}
+    learning = steps - config.get("random_steps", 0) - config.get("warmup_steps", 0)  # these have no updates
+    run |= {"updates": config["updates"] + learning * config.get("updates_per_step", 1)}
+    run |= {name: info.get(name) if finished else None for name in FINAL + SWITCH}
     columns = ["update", "online/steps", "eval/score", "eval/return_mean"]
     curve = pd.DataFrame(columns=columns, dtype=float)
     if (folder / "metrics.csv").exists():
@@ -120,6 +124,19 @@ def final_table(runs: pd.DataFrame) -> pd.DataFrame:
         seeds = f"{len(done)}" + f" (and {waiting} not finished)" * (waiting > 0)
         rows.append([escape(dataset), escape(learner), *shown.values(), seeds, span(group["updates"])])
     columns = ["Dataset", "Algorithm", "Score", "Return", "Best on the way", "Seeds", "Updates"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def switch_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a line of the picture that goes on online: its finished runs before, at and after the switch."""
+    rows, done = [], runs[runs["finished"] & (runs["online_steps"] > 0)]
+    for (dataset, learner), group in done.groupby(["dataset", "learner"]):
+        counts = len(group), span(group["switch"]), span(group["online_steps"])
+        shown = [show_final(group[name]) for name in SWITCH[:3]]
+        regret = f"{group['regret'].mean():.2f}" if group["regret"].notna().all() else ""
+        rows.append([escape(dataset), escape(learner), *counts, *shown, regret])
+    columns = ["Dataset", "Algorithm", "Seeds", "Offline updates", "Online steps", "At the switch",
+               "Lowest in the first tenth", "Last", "Regret"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -207,6 +224,8 @@ def plot(folders: list[Path], output: Path) -> None:
     runs, curves = find_runs(folders)
     table = final_table(runs)
     print(markdown(table.columns, table.to_numpy()))
+    if len(switched := switch_table(runs)):
+        print("\n" + markdown(switched.columns, switched.to_numpy()))
     if curves.empty and runs["return_mean"].isna().all():
         raise UserError("no run has been evaluated yet, so there is nothing to draw")
     with matplotlib.rc_context(STYLE):

@@ -79,7 +79,9 @@ def draw_aggregates(comparisons: list[Comparison], look: dict) -> Figure:
 
 def add_legend(figure: Figure, names: Iterable[str], look: dict) -> None:
     lines = [Line2D([], [], ls=look[name][0], color=look[name][1], lw=2, label=name) for name in names]
-    figure.legend(handles=lines, loc="outside upper left", ncols=int(figure.get_figwidth() / 1.2))  # inches
+    inches = max(1.2, 0.6 + 0.07 * max(len(line.get_label()) for line in lines))  # of an entry
+    columns = max(1, int(figure.get_figwidth() / inches))
+    figure.legend(handles=lines, loc="outside upper left", ncols=columns)
 
 
 def panels(count: int) -> tuple[Figure, list]:
@@ -138,8 +140,12 @@ def label_switch(axis, longest: float) -> None:
 
 
 def experience(updates: np.ndarray, steps: np.ndarray, switch: int, longest: float) -> np.ndarray:
-    """Where evaluations stand on that axis: the offline phase takes OFFLINE of the online one's room."""
-    return np.where(steps > 0, steps, OFFLINE * longest * (np.minimum(updates / max(switch, 1), 1) - 1))
+    """Where evaluations stand on that axis: the offline phase takes OFFLINE of the online one's room.
+
+    Who learns online alone is first evaluated at the switch, after no update.
+    """
+    share = np.minimum(updates / switch, 1) if switch else 1
+    return np.where(steps > 0, steps, OFFLINE * longest * (share - 1))
 
 
 def draw_curves(cells: list[Cell], look: dict, time: bool) -> Figure:

@@ -101,15 +101,16 @@ def read_run(folder: Path, name: dict, info: dict) -> pd.DataFrame:
     metrics = metrics.assign(phase="training")
     final = {column: info[column] for column in [*RESULT, "best_score", *CLOCK, *RECORD]}
     final["versions"] = " ".join(f"{each}=={version}" for each, version in sorted(info["versions"].items()))
-    final |= {"update": config["updates"], "phase": "final"}
+    evaluations = pd.read_csv(folder / "evaluations.csv")
+    (last,) = evaluations.loc[evaluations["phase"] == "final", "update"].unique()
+    final |= {"update": last, "phase": "final"}
     if "online_steps" in config:
         before = metrics["update"] <= config["updates"]
         metrics["phase"] = before.map({True: "offline", False: "online"})
         metrics["online_steps"] = metrics.get("online/steps", 0.0)
         metrics.loc[before, "online_steps"] = 0.0
         final |= {column: info[column] for column in SWITCH} | {"online_steps": config["online_steps"]}
-        final["update"] += config["online_steps"] * config["updates_per_step"]
-    episodes = pd.read_csv(folder / "evaluations.csv").groupby(["update", "phase"], as_index=False).size()
+    episodes = evaluations.groupby(["update", "phase"], as_index=False).size()
     rows = pd.concat([metrics, pd.DataFrame([final])]).merge(episodes.rename(columns={"size": "episodes"}))
     return rows.assign(**name).reindex(columns=COLUMNS + ONLINE)
 
