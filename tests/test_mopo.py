@@ -4,6 +4,7 @@ numbers in closed form, the model's fit and its rollouts, and resuming in the mi
 
 import copy
 import math
+import shutil
 
 import gymnasium as gym
 import minari
@@ -29,7 +30,7 @@ from oracles import (
     summed_errors,
     weights,
 )
-from runs import place, record
+from runs import at_update, place, record, stop
 
 pytest.register_assert_rewrite("dynamics")
 import dynamics  # noqa: E402
@@ -128,9 +129,9 @@ def pendulum_data(scripts, pendulum):
     return mopo.transitions(episodes, scaler), scaler
 
 
-def held_out_errors(model, data, seed: int) -> np.ndarray:
+def held_out_errors(model, data) -> np.ndarray:
     """Mean squared error of each member, in NumPy."""
-    rows, rest = mopo.split_rows(len(data["rewards"]), seed)
+    rows, rest = mopo.split_rows(len(data["rewards"]))
     assert (len(rows), len(rest), len({*rows, *rest})) == (200, 800, 1000)
     own = {name: column.numpy()[rows].astype(np.float64) for name, column in data.items()}
     mean, _ = model(torch.tensor(own["observations"]).float(), torch.tensor(own["actions"]).float())
@@ -145,13 +146,13 @@ def test_every_member_ends_with_its_best_layers(pendulum_data):
     fields = {"model_hidden_dim": 8, "model_lr": 0.03, "batch_size": 64, "ensemble": 4, "elites": 2}
     torch.manual_seed(0)
     learner = mopo.MOPO(mopo.Config(**fields, model_epochs=15, seed=3), scaler)
-    found = [held_out_errors(learner.model, data, 3) for _ in mopo.fit_model(learner, data)]
+    found = [held_out_errors(learner.model, data) for _ in mopo.fit_model(learner, data)]
     best = np.full(4, np.inf)
     for errors in found:
         best = np.where(errors < 0.99 * best, errors, best)
     assert len(found) == 15
     assert np.any(found[-1] > 1.001 * best)  # the last epoch was not each one's best
-    np.testing.assert_allclose(held_out_errors(learner.model, data, 3), best, rtol=1e-4)
+    np.testing.assert_allclose(held_out_errors(learner.model, data), best, rtol=1e-4)
     np.testing.assert_allclose(learner.model.error, best, rtol=1e-4)
     assert learner.model.elites.tolist() == np.argsort(best)[:2].tolist()
     inputs = torch.cat([data["observations"], data["actions"]], 1)
@@ -190,7 +191,7 @@ def test_members_see_rows_of_their_own_and_never_the_held_out(batch, pendulum_da
     assert len(list(mopo.fit_model(learner, marked))) == 2
     assert len(seen) == 16  # 8 batches of 100 rows an epoch
     epochs = [torch.cat(seen[:8], 1).numpy(), torch.cat(seen[8:], 1).numpy()]  # [E, 800]
-    _, rest = mopo.split_rows(1000, 3)
+    _, rest = mopo.split_rows(1000)
     assert {*epochs[0].flat} <= {*rest.astype(float)}
     assert 0.55 < len({*epochs[0][0]}) / 800 < 0.71  # 1 - 1/e
     assert {*epochs[0][0]} != {*epochs[0][1]}
@@ -207,30 +208,56 @@ def test_the_model_learns_a_pendulum(pendulum_data):
     learner = mopo.MOPO(mopo.Config(**fields, ensemble=4, elites=3), scaler)
     assert list(mopo.fit_model(learner, data))
     y = learner.model.targets(data)
-    errors = mopo.model_errors(learner.model, data, 0)
-    assert errors["model/holdout_error"] < 0.02 * y.var(0).mean()
-    assert errors["model/error_5"] < 0.02 * data["observations"].var(0).mean()
+    errors = mopo.model_errors(learner.model, data)
+    assert (torch.tensor(errors["error_1"]) < 0.02 * y.var(0)).all()
+    assert np.mean(errors["error_5"][:3]) < 0.02 * data["observations"].var(0).mean()
     far = {"observations": data["observations"] * 4, "actions": data["actions"]}
-    usual, unusual = learner.penalty_on(data), learner.penalty_on(far)
+    usual, unusual = learner.penalty_on(data).mean(), learner.penalty_on(far).mean()
     assert unusual > 2 * usual > 0
 
 
-def test_error_after_five_steps_is_that_of_unbroken_segments(pendulum_data):
-    """A model that says 'nothing changes': the distance to where five steps of one episode lead."""
+def test_errors_by_dimension_are_those_of_unbroken_segments(pendulum_data):
+    """Of a model that says 'nothing changes and the reward is 2': how far one to five steps lead."""
     data, scaler = pendulum_data
     learner = mopo.MOPO(mopo.Config(ensemble=2, elites=1, model_hidden_dim=3), scaler)
     with torch.no_grad():
         learner.model.layers[-1].weight.zero_()
         learner.model.layers[-1].bias.zero_()
-    wanted = []
-    for row in mopo.split_rows(1000, 5)[0]:
-        if row % 100 <= 95:  # episodes have 100 steps
-            there = data["next_observations"][row + 4] - data["observations"][row]
-            wanted.append(np.mean(there.numpy() ** 2))
-    found = mopo.model_errors(learner.model, data, 5)["model/error_5"]
-    assert found == pytest.approx(np.mean(wanted), rel=1e-5)
-    few = {name: column[:4] for name, column in data.items()}
-    assert "model/error_5" not in mopo.model_errors(learner.model, few, 5)
+        learner.model.layers[-1].bias[:, :, 3] = 2.0
+    rows = {name: column.numpy() for name, column in data.items()}
+    found = mopo.model_errors(learner.model, data)
+    assert found.keys() == {f"error_{step}" for step in range(1, 6)}
+    for step in range(1, 6):
+        squares = []
+        for row in mopo.split_rows(1000)[0]:
+            if row % 100 <= 100 - step:  # episodes have 100 steps
+                change = rows["next_observations"][row + step - 1] - rows["observations"][row]
+                squares.append([*change**2, (rows["rewards"][row + step - 1] - 2) ** 2])
+        np.testing.assert_allclose(found[f"error_{step}"], np.mean(squares, axis=0), rtol=1e-4)
+    short = {name: column[::2] for name, column in data.items()}  # no row leads to the next
+    assert mopo.model_errors(learner.model, short).keys() == {"error_1"}
+
+
+def test_the_elites_mean_is_what_errs(pendulum_data):
+    """Members say 1, 2 and 30 of the reward, the last of which is no elite."""
+    data, scaler = pendulum_data
+    learner = mopo.MOPO(mopo.Config(ensemble=3, elites=2, model_hidden_dim=3), scaler)
+    with torch.no_grad():
+        learner.model.layers[-1].weight.zero_()
+        learner.model.layers[-1].bias[:, 0, 3] = torch.tensor([1.0, 2.0, 30.0])
+    held_out = data["rewards"][mopo.split_rows(1000)[0]]
+    found = mopo.model_errors(learner.model, data)["error_1"][3]
+    assert found == pytest.approx((held_out - 1.5).square().mean().item(), rel=1e-4)
+
+
+def test_what_is_logged_of_penalties():
+    """Mean and 95th percentile, in any order; of one value it is that."""
+    values = torch.arange(1.0, 101.0)[torch.randperm(100, generator=torch.Generator().manual_seed(0))]
+    found = mopo.spread("model/penalty_data", values)
+    assert {name: value.item() for name, value in found.items()} == {
+        "model/penalty_data": 50.5, "model/penalty_data_p95": 95.0
+    }
+    assert mopo.spread("u", torch.tensor([3.0]))["u_p95"] == 3.0
 
 
 def test_where_imagined_episodes_end():
@@ -284,13 +311,72 @@ def test_imagined_rewards_are_lowered(batch, weight, reward):
 
 
 def test_the_penalty_of_the_data(rows, batch):
-    """The mean over drawn rows of the data; every member counts, elite or not."""
+    """Of drawn rows; every member counts, elite or not."""
     learner = make()
     data = {name: column[:1].repeat(5, *[1] * (column.ndim - 1)) for name, column in batch.items()}
     layers, scale = weights(learner.model), dynamics.scale_of(learner.model)
     _, log_var = dynamics.predictions(layers, scale, rows["observations"][:1], rows["actions"][:1])
     wanted = max(math.sqrt(np.exp(log_var[k, 0]).sum()) for k in range(3))
-    assert learner.penalty_on(data) == pytest.approx(wanted, rel=1e-5)
+    np.testing.assert_allclose(learner.penalty_on(data), [wanted] * 1024, rtol=1e-5)
+
+
+# ------------------------------------------ what the penalty is for -----------------------------------------
+
+# A corridor: a step moves by a quarter of the action and earns y |y| where it leads to y: the right is good.
+# At PIT it ends with FALL. The data are steps around -0.3 that never go beyond 1: none shows the pit,
+# and the model believes that rewards go on growing there.
+PIT, FALL = 1.5, -10.0
+
+
+def walks(seed: int) -> dict[str, torch.Tensor]:
+    rng = np.random.default_rng(seed)
+    x, actions = rng.normal(-0.3, 0.5, size=800), rng.uniform(-1, 1, size=800)
+    y = x + 0.25 * actions
+    rewards = y * np.abs(y) + rng.normal(scale=0.02, size=800)
+    seen = (np.abs(x) < 1) & (np.abs(y) < 1)
+    columns = {"observations": x[:, None], "actions": actions[:, None], "rewards": rewards}
+    columns |= {"next_observations": y[:, None], "terminations": np.zeros(800)}
+    return {name: torch.tensor(column[seen], dtype=torch.float32) for name, column in columns.items()}
+
+
+def walk(act) -> tuple[float, float]:
+    """Mean return of 20 steps in the corridor itself, from all over the data, and the share that fell."""
+    x, fallen, returns = np.linspace(-1, 1, 21), np.zeros(21, bool), np.zeros(21)
+    for _ in range(20):
+        x = np.maximum(x + 0.25 * act(x[:, None])[:, 0], -1)
+        falls = (x > PIT) & ~fallen
+        returns += np.where(falls, FALL, np.where(fallen, 0, x * np.abs(x)))
+        fallen |= falls
+    return returns.mean(), fallen.mean()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_penalty_keeps_the_policy_from_where_nobody_was(seed):
+    """The model is right on the data, and less sure of itself off them; without penalty the policy falls."""
+    data, scaler = walks(seed), mopo.Scaler(np.zeros(1), np.ones(1), -np.ones(1), np.ones(1))
+    fields = {"ensemble": 5, "elites": 3, "model_hidden_dim": 32, "model_lr": 3e-3, "model_epochs": 30}
+    fields |= {"hidden_dim": 32, "actor_lr": 3e-3, "critic_lr": 3e-3, "tau": 0.05, "discount": 0.8}
+    fields |= {"batch_size": 64, "rollout_batch": 200, "updates": 300, "seed": seed}
+    torch.manual_seed(seed)
+    fitted = mopo.MOPO(mopo.Config(**fields), scaler)
+    assert list(mopo.fit_model(fitted, data))
+    assert fitted.model.error[fitted.model.elites].mean() < 0.02 * fitted.model.targets(data).var(0).mean()
+    beyond = {"observations": torch.linspace(PIT, 2, 50)[:, None], "actions": torch.zeros(50, 1)}
+    assert fitted.penalty_on(beyond).min() > 4 * fitted.penalty_on(data).mean()
+    returns = []
+    for weight in (10.0, 0.0):
+        torch.manual_seed(seed)
+        learner = mopo.MOPO(mopo.Config(**fields, penalty_weight=weight), scaler)
+        learner.model.load_state_dict(fitted.model.state_dict())
+        batches = mopo.draw_batches(data, 64, seed, 0)
+        for update in range(300):
+            if update % 50 == 0:
+                mopo.renew_rollouts(learner, data, mopo.far_ends)
+            learner.update(mopo.mix(next(batches), learner.rollouts.rows, 0.05))
+        mean, fallen = walk(learner.act)
+        returns.append(mean)
+        assert (fallen < 0.1) if weight else (fallen > 0.9)
+    assert returns[0] > returns[1] + 2.5
 
 
 # ------------------------------------------------- rollouts -------------------------------------------------
@@ -448,8 +534,11 @@ def test_a_run_torn_in_the_fit_and_in_training_ends_in_the_same_bits(call, pendu
     dynamics.check_resume(mopo, "mopo", call, pendulum, tmp_path, monkeypatch)
     folder = place(tmp_path / "torn", "mopo", pendulum)
     row = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
-    shown = {"model/holdout_error", "model/error_5", "model/penalty_data", "model/penalty_rollouts"}
-    assert shown <= {*row}
+    shown = {"model/error_1", "model/error_5", "model/penalty_data", "model/penalty_data_p95"}
+    assert shown | {"model/penalty_rollouts", "model/penalty_rollouts_p95"} <= {*row}
+    assert {name: len(values) for name, values in record(folder)["model_errors"].items()} == {
+        f"error_{step}": 4 for step in range(1, 6)
+    }
 
 
 def test_defaults_are_the_differences_that_the_docstring_names():
@@ -471,6 +560,13 @@ def test_a_fitted_model_is_taken_over(call, pendulum, tmp_path, monkeypatch):
         for part, value in first["model"].items():
             assert part == "epoch" or torch.equal(value, second["model"][part]), part
         assert not torch.equal(first["actor"]["net.0.weight"], second["actor"]["net.0.weight"])
+    torn = short(pendulum, tmp_path, **fields | {"variant": "torn", "model_from": source})
+    with monkeypatch.context() as patch:
+        at_update(mopo, patch, 30, stop)
+        assert call("mopo", *torn)[0] == 130
+    shutil.rmtree(source)  # it is not asked for again
+    status, out, _ = call("mopo", *torn)
+    assert (status, "resumed at update 20\n" in out) == (0, True)
 
 
 def test_a_model_that_does_not_fit_is_refused(call, pendulum, tmp_path):
@@ -497,6 +593,9 @@ def test_a_model_that_does_not_fit_is_refused(call, pendulum, tmp_path):
     checkpoint = torch.load(source / "checkpoint.pt")
     torch.save(checkpoint | {"updates": 0}, source / "checkpoint.pt")
     assert "is not fitted yet" in refused(other)
+    del checkpoint["state"]["model"]["max_log_var"]  # another commit's
+    torch.save(checkpoint, source / "checkpoint.pt")
+    assert "does not fit this script" in refused(other)
     assert record(source)["status"] == "finished"
 
 

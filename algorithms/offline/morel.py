@@ -194,19 +194,19 @@ class MOReL:
         return (mean[first] - mean[second]).norm(dim=-1).amax(0)  # (4)
 
     @torch.no_grad()
-    def calibrate(self, data: dict[str, Tensor]) -> float:
-        """Sets threshold and halt reward by the data, on 10,000 fixed rows; the mean of D there."""
+    def calibrate(self, data: dict[str, Tensor]) -> Tensor:
+        """Sets threshold and halt reward by the data; D [10000] of fixed rows."""
         rows = np.random.default_rng(0).integers(len(data["actions"]), size=10_000)
         usual = self.disagreement(self.model(data["observations"][rows], data["actions"][rows])[0])
         self.threshold = float(usual.mean() + self.config.halt_deviations * usual.std())  # (5)
         self.halt_reward = float(data["rewards"].min()) - self.config.halt_penalty
-        return float(usual.mean())
+        return usual
 
     def rollout_metrics(self) -> dict[str, Tensor]:
-        """Mean D of the steps of the rollouts, and the share of these that halted."""
+        """D of the steps of the rollouts, and the share of these that halted."""
         rows, count = self.rollouts.rows, self.config.rollout_batch * len(self.rollouts.blocks)
-        disagreement, halted = rows["disagreement"].mean(), rows["halted"].sum() / count
-        return {"model/disagreement_rollouts": disagreement, "model/halted": halted}
+        halted = {"model/halted": rows["halted"].sum() / count}
+        return halted | spread("model/disagreement_rollouts", rows["disagreement"])
 
     @torch.inference_mode()
     def act(self, observations) -> np.ndarray:
@@ -362,7 +362,7 @@ def fit_model(learner, data: dict[str, Tensor]) -> Iterator[float]:
     of an epoch follow from the seed and its number. In the end every member has its best layers again.
     """
     model, config, device = learner.model, learner.config, learner.model.mean.device
-    held_out, rest = split_rows(len(data["rewards"]), config.seed)
+    held_out, rest = split_rows(len(data["rewards"]))
     valid = {name: column[held_out] for name, column in data.items()}
     if model.epoch == 0:
         inputs = torch.cat([data["observations"], data["actions"]], 1)
@@ -373,8 +373,7 @@ def fit_model(learner, data: dict[str, Tensor]) -> Iterator[float]:
     patience = max(5, 2000 * size // len(rest))  # epochs
     while model.epoch < config.model_epochs and model.idle < patience:
         shuffled = np.random.default_rng((config.seed, int(model.epoch))).permuted(own_rows, axis=1)
-        for start in range(0, len(rest) - size + 1, size):
-            rows = torch.as_tensor(shuffled[:, start : start + size], device=device)  # [E, B]
+        for rows in torch.as_tensor(shuffled, device=device).split(size, 1)[: len(rest) // size]:  # [E, B]
             loss, _ = learner.model_loss({name: column[rows] for name, column in data.items()})
             descend(learner.model_optimizer, loss)
         with torch.no_grad():
@@ -433,14 +432,16 @@ def train(config: Config) -> None:
     references = known.get("ref_min_score", config.ref_min), known.get("ref_max_score", config.ref_max)
 
     learner = MOReL(config, scaler)
-    if config.model_from:
+    if config.model_from and not Path(run.folder, "checkpoint.pt").exists():  # else it is in there
         take_model(learner, config.model_from, dataset_hash)
     compiled = config.compile and compile_methods(learner, "model_loss", "critic_loss", "actor_loss")
     with run.start(learner, dataset_hash=dataset_hash, compiled=compiled, **provenance(device)):
         for _ in fit_model(learner, data):
             run.save_when_due(learner)
-        constants = model_errors(learner.model, data, config.seed)
-        constants["model/disagreement_data"] = learner.calibrate(data)
+        errors = model_errors(learner.model, data)
+        run.note(model_errors=errors)
+        constants = {f"model/{name}": np.mean(values) for name, values in errors.items()}
+        constants |= spread("model/disagreement_data", learner.calibrate(data))
         batches = draw_batches(data, config.batch_size, config.seed, learner.updates)
         numbers = range(learner.updates + 1, config.updates + 1)
         for update in tqdm(numbers, initial=learner.updates, total=config.updates, disable=None):
@@ -448,9 +449,8 @@ def train(config: Config) -> None:
                 renew_rollouts(learner, data, ends)
             metrics = learner.update(mix(next(batches), learner.rollouts.rows, config.real_ratio))
             if run.is_due(update, config.log_every):
-                metrics |= constants | learner.rollout_metrics()
-                gap = {"actor/support_gap": support_gap(learner.act, data, scaler)}
-                run.log(update, metrics | gap | seen)
+                metrics |= constants | learner.rollout_metrics() | seen
+                run.log(update, metrics | {"actor/support_gap": support_gap(learner.act, data, scaler)})
             if run.is_due(update, config.eval_every) and environments:
                 table = evaluate(learner.act, environments, config.eval_episodes, (config.seed, update, 0))
                 run.log_episodes(update, "training", table, references)
@@ -594,47 +594,47 @@ def real_rows(size: int, real_ratio: float) -> int:
     return max(1, min(size - 1, round(real_ratio * size)))
 
 
-def split_rows(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows held out of the model's fit, a fifth but at most 1,000, and the others."""
-    rows = np.random.default_rng((seed, count)).permutation(count)
-    return np.split(rows, [min(count // 5, 1000)])
+def split_rows(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows held out of every fit, a fifth but at most 1,000, and the others; the same for each seed."""
+    return np.split(np.random.default_rng(count).permutation(count), [min(count // 5, 1000)])
 
 
 def take_model(learner, folder: str, dataset_hash: str) -> None:
     """The fitted model of another run, if it has seen the same data in the same units."""
-    info = read_saved(Path(folder, "run.json"))
-    fields = ["reward_scale", "reward_shift", "normalize_rewards", "environment"]  # units of y and actions
+    info, checkpoint = (read_saved(Path(folder, name)) for name in ("run.json", "checkpoint.pt"))
+    theirs = info["config"] | {"dataset": info.get("dataset_hash")}
+    ours = dataclasses.asdict(learner.config) | {"dataset": dataset_hash}
+    fields = ["dataset", "environment", "reward_scale", "reward_shift", "normalize_rewards"]  # units
     fields += ["ensemble", "elites", "model_hidden_dim"]
-    ours = dataclasses.asdict(learner.config)
-    changed = [name for name in fields if info["config"].get(name) != ours[name]]
-    if info.get("dataset_hash") != dataset_hash:
-        changed = ["dataset", *changed]
-    checkpoint = read_saved(Path(folder, "checkpoint.pt"))
+    changed = [name for name in fields if theirs.get(name) != ours[name]]
     if changed or checkpoint["updates"] == 0:
         problem = f"differs in {', '.join(changed)}" if changed else "is not fitted yet"
         raise UserError(f"model_from: the model of {folder} {problem}; leave it out to fit one")
-    learner.model.load_state_dict(checkpoint["state"]["model"])
-    learner.best_layers.load_state_dict(learner.model.layers.state_dict())
+    parts = {name: checkpoint["state"][name] for name in ("model", "best_layers")}
+    restore(learner, {"state": parts, "updates": 0})
     learner.model.epoch.fill_(learner.config.model_epochs)  # nothing is left to fit
 
 
 @torch.no_grad()
-def model_errors(model: DynamicsEnsemble, data: dict[str, Tensor], seed: int) -> dict[str, float]:
-    """Mean squared errors: of the elites after a held-out step; of their mean, five steps from there."""
-    first = split_rows(len(data["rewards"]), seed)[0]
-    first = first[first + 5 <= len(data["rewards"])]
-    state, unbroken = data["observations"][first], torch.ones(len(first), dtype=torch.bool)
+def model_errors(model: DynamicsEnsemble, data: dict[str, Tensor]) -> dict[str, list[float]]:
+    """Squared errors of the elites' mean, by dimension and of the reward, 1 to 5 steps from held-out rows."""
+    first, found = split_rows(len(data["rewards"]))[0], {}
+    state = last = data["observations"][first]  # [H, obs_dim]
+    unbroken = torch.ones_like(state[:, 0], dtype=torch.bool)
     for step in range(5):
-        if step > 0:  # no row leads from one episode to another
-            same = data["observations"][first + step] == data["next_observations"][first + step - 1]
-            unbroken &= same.all(1).cpu()
-        mean, _ = model(state, data["actions"][first + step])
-        state = state + mean[model.elites, :, :-1].mean(0)
-    errors = (state - data["next_observations"][first + 4]).square().mean(1)[unbroken]
-    found = {"model/holdout_error": float(model.error[model.elites].mean())}
-    if len(errors) > 0:
-        found["model/error_5"] = float(errors.mean())
+        row = {name: column[(first + step) % len(column)] for name, column in data.items()}
+        unbroken &= (row["observations"] == last).all(1)  # no row leads from one episode to another
+        mean = model(state, row["actions"])[0][model.elites].mean(0)  # [H, obs_dim + 1]
+        state, last = state + mean[:, :-1], row["next_observations"]
+        error = torch.cat([state - last, (mean[:, -1] - row["rewards"])[:, None]], 1).square()
+        if unbroken.any():
+            found[f"error_{step + 1}"] = error[unbroken].mean(0).tolist()
     return found
+
+
+def spread(name: str, values: Tensor) -> dict[str, Tensor]:
+    """Mean and 95th percentile."""
+    return {name: values.mean(), f"{name}_p95": values.kthvalue(math.ceil(0.95 * len(values))).values}
 
 
 def known_ends(name: str, data: dict[str, Tensor]) -> Callable | None:
