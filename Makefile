@@ -1,7 +1,7 @@
 ## make test             make .venv and run the whole test suite
 ## make demo             make .venv and a dataset, train BC, TD3+BC and IQL on it, print and draw their scores
 ## make dataset ID=...   make a local dataset, e.g. ID=reef/pointmaze/umaze-v0 or ID=reef/hopper/medium-v1
-## make discrete         add to .venv what algorithms/discrete, algorithms/evaluate and sepsis need
+## make discrete         add to .venv what algorithms/discrete, algorithms/evaluate, sepsis and MinAtar need
 ## make datasets         make all local datasets that are not there yet, and name those that cannot be made
 ## make bench            updates per second of every script
 ## make scores           gather finished runs into results/scores/*.csv
@@ -18,11 +18,11 @@ PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python
 TORCH_INDEX ?=
 
 RUN = .venv/bin/python
-RECIPES = $(filter-out configs/collect/sac/%,$(sort $(wildcard configs/collect/*/*.yaml)))
+RECIPES = $(filter-out configs/collect/sac/%,$(sort $(wildcard configs/collect/*/*.yaml configs/collect/*/*/*.yaml)))
 LABELLED = %-uds-v1 %-otr-v1
 NAMES = $(RECIPES:configs/collect/%.yaml=reef/%)
 DATASETS = $(filter-out $(LABELLED),$(NAMES)) $(filter $(LABELLED),$(NAMES))  # made of one before them
-COLLECTOR = $(or $(filter pointmaze sepsis,$(word 2,$(subst /, ,$(ID)))),$(if $(filter $(LABELLED),$(ID)),label_rewards),rollouts)
+COLLECTOR = $(or $(filter minatar pointmaze sepsis,$(word 2,$(subst /, ,$(ID)))),$(if $(filter $(LABELLED),$(ID)),label_rewards),rollouts)
 
 .PHONY: help test demo discrete plot dataset datasets known-dataset bench scores report benchmark-quick lint
 

@@ -1,8 +1,11 @@
 """What the tests of algorithms/discrete share: learners with fixed weights, three rows, targets in NumPy."""
 
+import gymnasium as gym
+import minari
 import numpy as np
 import torch
 from conftest import learner_class, load_script
+from logs import course
 from oracles import BATCH, fix_weights, perceptron, weights
 
 CHOICES = 4
@@ -22,6 +25,13 @@ def learner(name: str, shape: tuple = (3,), weight_seed: int = SEED, **fields):
 def batch() -> dict[str, torch.Tensor]:
     """An ordinary transition, one that terminated, and one that a time limit cut."""
     return {key: torch.tensor(rows) for key, rows in (BATCH | {"actions": ACTIONS}).items()}
+
+
+def dt_windows(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Transitions as the Decision Transformer takes them: each a window of one step."""
+    zeros = torch.zeros(len(rows["actions"]), 1)
+    steps = {name: rows[name][:, None] for name in ("observations", "actions")}
+    return steps | {"returns_to_go": rows["rewards"][:, None], "timesteps": zeros, "real": zeros + 1}
 
 
 def rows() -> dict[str, np.ndarray]:
@@ -59,3 +69,37 @@ def assert_target_follows(found) -> None:
     found.update(batch())
     for old, new, now in zip(before, weights(found.critic), weights(found.target_critic)):
         np.testing.assert_allclose(now, (1 - found.config.tau) * old + found.config.tau * new, atol=1e-6)
+
+
+class Walk(gym.Env):
+    """States 0 to 4, from the middle; choice 1 goes right, 0 left; the right end pays 1."""
+
+    observation_space, action_space = gym.spaces.Discrete(5), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.place = 2
+        return self.place, {}
+
+    def step(self, action):
+        self.place += 2 * int(action) - 1
+        return self.place, float(self.place == 4), self.place in (0, 4), False, {"success": self.place == 4}
+
+
+def make_walks() -> str:
+    """Id of 150 random walks; two of three go left."""
+    if "test/Walk-v0" not in gym.registry:
+        gym.register("test/Walk-v0", "choices:Walk", max_episode_steps=30)
+    env, episodes, rng = gym.make("test/Walk-v0"), [], np.random.default_rng(0)
+    for _ in range(150):
+        states, actions, rewards, ended = [env.reset()[0]], [], [], False
+        while not ended:
+            actions.append(int(rng.random() < 0.35))
+            state, reward, ended, truncated, _ = env.step(actions[-1])
+            states.append(state)
+            rewards.append(reward)
+            ended |= truncated
+        episodes.append(course(states, actions, rewards))
+    references = {"ref_min_score": 0.0, "ref_max_score": 1.0}
+    minari.create_dataset_from_buffers("test/walk-v0", episodes, env=env, data_format="hdf5", **references)
+    return "test/walk-v0"

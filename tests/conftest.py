@@ -115,6 +115,12 @@ def pendulum(minari_root) -> str:
     return "test/pendulum/random-v0"
 
 
+@pytest.fixture(scope="session")
+def walk(minari_root) -> str:
+    """Id of random walks through five states, for the tests of choices."""
+    return importlib.import_module("choices").make_walks()
+
+
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
     """Three transitions (tests/oracles.py) as tensors."""

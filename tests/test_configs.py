@@ -24,6 +24,8 @@ MAZES.append("reef/pointmaze/large-stitch-v0")
 LEVELS = ("random", "medium", "medium-replay", "medium-expert", "expert", "expert-narrow")
 BODIES = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "Walker2d-v5"}
 SEPSIS = [f"reef/sepsis/{who}-v0" for who in ("clinician", "random", "mixed")]
+GAMES = ("breakout", "space-invaders")
+MINATAR = [f"reef/minatar/{game}/{policy}-v0" for game in GAMES for policy in ("mixed", "expert")]
 WALKERS = [f"reef/{body}/{level}-v1" for body in BODIES for level in LEVELS]
 LABELLED = [f"reef/halfcheetah/medium-replay-{method}-v1" for method in ("otr", "uds")]
 MAX_LINES = 10
@@ -38,7 +40,7 @@ def references() -> dict[str, dict[str, str]]:
 def script_of(file: str):
     """The script that configs/<family>/<algorithm>/... or configs/collect/<environment>/... belongs to."""
     family, algorithm = Path(file).parts[1:3]
-    if family == "collect" and algorithm not in ("pointmaze", "sac", "sepsis"):
+    if family == "collect" and algorithm not in ("minatar", "pointmaze", "sac", "sepsis"):
         algorithm = "label_rewards" if Path(file).stem.endswith(("-uds-v1", "-otr-v1")) else "rollouts"
     path = ROOT / "algorithms" / family / f"{algorithm}.py"
     assert path.is_file(), f"{file} has no script {path}"
@@ -140,7 +142,8 @@ def test_every_file_is_short_and_names_a_field_once():
 
 
 def test_every_local_dataset_has_its_recipe():
-    assert sorted(read(file)["dataset"] for file in RECIPES) == sorted(MAZES + WALKERS + SEPSIS + LABELLED)
+    wanted = MAZES + WALKERS + SEPSIS + MINATAR + LABELLED
+    assert sorted(read(file)["dataset"] for file in RECIPES) == sorted(wanted)
 
 
 def test_recipes_of_walkers_take_their_own_environment_and_policies():

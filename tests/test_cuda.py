@@ -1,5 +1,6 @@
 """A GPU computes what the CPU does, and a CUDA graph what eager code does; without a GPU all is skipped."""
 
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from conftest import FINETUNE, OFFLINE, learner_class, load_script
 from runs import checkpoint, equal, place, small
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-DISCRETE = ("bc", "bcq", "cql", "dqn", "iql")
+DISCRETE = ("bc", "bcq", "cql", "dqn", "dt", "iql")
 OBS, ACT, ROWS = 5, 2, 64
 SETTINGS = {  # so that every branch of `learn` is taken more than three times in 40 updates
     "hidden_dim": 32, "warmup_updates": 10, "behavior_updates": 8, "ema_every": 2, "vae_updates": 6,
@@ -31,10 +32,13 @@ def new_learner(script, device: str, **fields):
 def new_batch(script, number: int) -> dict[str, torch.Tensor]:
     rng = np.random.default_rng(number)
     normal = lambda *shape: torch.as_tensor(rng.normal(size=shape), dtype=torch.float32, device="cuda")  # noqa: E731
-    if hasattr(script, "chunks"):
+    name = Path(script.__file__).stem
+    if name == "diffusion_policy":
         return {"observations": normal(ROWS, 4, OBS), "actions": normal(ROWS, 16, ACT).clamp(-1, 1)}
-    if hasattr(script, "windows"):
+    if name == "dt":
         steps = {"observations": normal(ROWS, 4, OBS), "actions": normal(ROWS, 4, ACT).clamp(-1, 1)}
+        if hasattr(script, "Encoder"):
+            steps["actions"] = torch.as_tensor(rng.integers(4, size=(ROWS, 4)), device="cuda")
         numbers = torch.arange(4.0, device="cuda").repeat(ROWS, 1)
         steps |= {"returns_to_go": normal(ROWS, 4), "timesteps": numbers}
         return steps | {"real": torch.ones_like(numbers)}

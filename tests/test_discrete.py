@@ -3,6 +3,7 @@ on sepsis, what their policies are worth exactly."""
 
 import importlib.util
 import json
+from unittest import mock
 
 import gymnasium as gym
 import minari
@@ -10,14 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from choices import batch, learner
+from choices import ACTIONS, Walk, batch, chosen, dt_windows, huber, learner, target
 from conftest import ROOT, load_script, short
 from logs import course, store
-from oracles import assert_compiled_is_eager
+from oracles import BATCH, Constant, assert_compiled_is_eager, perceptron, weights
 from runs import assert_same_run
 
 NAMES = sorted(path.stem for path in (ROOT / "algorithms/discrete").glob("*.py"))
-CRITICS = [name for name in NAMES if name != "bc"]
+CRITICS = [name for name in NAMES if name not in ("bc", "dt")]
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is set to None|env_spec is None)")  # Minari's advice
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("icu_sepsis") is None, reason="the package icu-sepsis is missing: make discrete"
@@ -25,7 +26,7 @@ needs_package = pytest.mark.skipif(
 
 
 def test_there_are_scripts():
-    assert {"bc", "bcq", "cql", "dqn", "iql"} <= {*NAMES}
+    assert {"bc", "bcq", "cql", "dqn", "dt", "iql"} <= {*NAMES}
 
 
 # --------------------------------------- observations and choices ---------------------------------------
@@ -85,8 +86,9 @@ def test_every_script_learns_from_planes(name):
     rng = torch.Generator().manual_seed(0)
     planes = torch.randint(2, (2, 3, 10, 10, 3), generator=rng, dtype=torch.uint8)
     rows = batch() | {"observations": planes[0], "next_observations": planes[1]}
+    rows, asked = (dt_windows(rows), (None,)) if name == "dt" else (rows, ())
     assert all(np.isfinite(float(value)) for value in found.update(rows).values())
-    assert found.probabilities(planes[0].numpy()).shape == (3, 4)
+    assert found.probabilities(planes[0].numpy(), *asked).shape == (3, 4)
 
 
 @pytest.mark.parametrize("name", CRITICS)
@@ -108,41 +110,6 @@ def test_compiled_is_eager(name):
 
 
 # ------------------------------------------- runs and errors --------------------------------------------
-
-
-class Walk(gym.Env):
-    """States 0 to 4, from the middle; choice 1 goes right, 0 left; the right end pays 1."""
-
-    observation_space, action_space = gym.spaces.Discrete(5), gym.spaces.Discrete(2)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.place = 2
-        return self.place, {}
-
-    def step(self, action):
-        self.place += 2 * int(action) - 1
-        return self.place, float(self.place == 4), self.place in (0, 4), False, {"success": self.place == 4}
-
-
-@pytest.fixture(scope="module")
-def walk(minari_root) -> str:
-    """Random walks; two of three go left."""
-    if "test/Walk-v0" not in gym.registry:
-        gym.register("test/Walk-v0", f"{__name__}:Walk", max_episode_steps=30)
-    env, episodes, rng = gym.make("test/Walk-v0"), [], np.random.default_rng(0)
-    for _ in range(150):
-        states, actions, rewards, ended = [env.reset()[0]], [], [], False
-        while not ended:
-            actions.append(int(rng.random() < 0.35))
-            state, reward, ended, truncated, _ = env.step(actions[-1])
-            states.append(state)
-            rewards.append(reward)
-            ended |= truncated
-        episodes.append(course(states, actions, rewards))
-    references = {"ref_min_score": 0.0, "ref_max_score": 1.0}
-    minari.create_dataset_from_buffers("test/walk-v0", episodes, env=env, data_format="hdf5", **references)
-    return "test/walk-v0"
 
 
 def train(name: str, *arguments: str):
@@ -218,6 +185,149 @@ def test_an_encoder_refuses_what_is_no_observation(wrong):
     assert encoder.encode([0.1, 0.2, 0.3]).shape == (3,)
     with pytest.raises(script.UserError, match="not all are finite"):
         encoder.encode(wrong)
+
+# -------------------------------------------- choices forbidden ---------------------------------------------
+
+ALLOWED = np.array([[1, 0, 1, 0], [1, 1, 0, 0], [0, 0, 0, 1]])  # of the batch's states, and of its choices
+NEXT_ALLOWED = np.array([[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 1]])  # the second is an end
+
+
+def masked() -> dict[str, torch.Tensor]:
+    return batch() | {"allowed": torch.tensor(ALLOWED) == 1, "next_allowed": torch.tensor(NEXT_ALLOWED) == 1}
+
+
+def log_softmax_of_allowed(logits: np.ndarray, row: int) -> float:
+    """log pi(a|s) of the batch's choice, where pi sums to 1 over the allowed."""
+    possible = logits[row][ALLOWED[row] == 1]
+    return logits[row, ACTIONS[row]] - np.log(np.exp(possible).sum())
+
+
+@pytest.mark.parametrize("name", ["bc", "bcq", "iql", "dt"])
+def test_actors_are_learnt_over_the_allowed(name):
+    found, weight = learner(name, threshold=0.0, beta=1.0), np.ones(3)
+    if name == "dt":
+        found.actor = Constant(np.random.default_rng(0).normal(size=(3, 1, 4)).tolist())
+        logits = found.actor.answer.detach().numpy()[:, 0]
+        rows = dt_windows(batch()) | {"allowed": masked()["allowed"][:, None]}
+        loss = found.actor_loss(rows)[0]
+    else:
+        logits = perceptron(weights(found.actor), np.array(BATCH["observations"]))
+        if name == "iql":
+            q = found.target_q(batch())
+            advantage = q.numpy() - perceptron(weights(found.value), np.array(BATCH["observations"]))[:, 0]
+            weight = np.minimum(np.exp(advantage), 100)
+        loss = found.actor_loss(masked(), *([q] if name == "iql" else []))[0]
+    wanted = -np.mean([weight[i] * log_softmax_of_allowed(logits, i) for i in range(3)])
+    wanted += 0.01 * np.mean(logits**2) if name == "bcq" else 0
+    assert loss.item() == pytest.approx(wanted, rel=1e-5)
+    slopes = torch.autograd.grad(loss, list(found.actor.parameters()))
+    assert all(slope.isfinite().all() for slope in slopes)
+
+
+@pytest.mark.parametrize("name", ["bcq", "cql", "dqn"])
+def test_targets_take_the_best_of_the_allowed(name):
+    found = learner(name, threshold=0.0, cql_weight=0.7)
+    y = target(weights(found.critic), weights(found.target_critic), np.maximum(NEXT_ALLOWED, [[0], [1], [0]]))
+    free = target(weights(found.critic), weights(found.target_critic), np.ones((3, 4)))
+    assert np.abs(y - free).max() > 0.01  # the mask matters
+    wanted = huber(chosen(weights(found.critic)) - y)
+    if name == "cql":
+        q = perceptron(weights(found.critic), np.array(BATCH["observations"]))
+        wanted -= 0.7 * np.mean([log_softmax_of_allowed(q, i) for i in range(3)])
+    loss = found.critic_loss(masked())[0]
+    assert loss.item() == pytest.approx(wanted, rel=1e-5)
+    assert torch.isfinite(torch.autograd.grad(loss, list(found.critic.parameters()))[0]).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_forbidden_is_ever_chosen(name):
+    found, states, more = learner(name), np.tile(BATCH["observations"], (200, 1)), ()
+    if name == "dt":
+        more = (None,)
+    allowed = np.tile(ALLOWED.astype(np.int8), (200, 1))
+    given = found.probabilities(states, *more, allowed)
+    assert given.sum(1) == pytest.approx(1, abs=1e-6)
+    assert (given[allowed == 0] == 0).all()
+    assert allowed[np.arange(600), found.choose(states, *more, allowed)].all()
+    assert not allowed[np.arange(600), found.act(states, *more)].all()
+    with mock.patch.object(torch, "rand", torch.zeros):  # the lowest number there is
+        assert allowed[np.arange(600), found.choose(states, *more, allowed)].all()
+
+
+class Gated(Walk):
+    """A walk to and fro: even places let go right only, odd ones left; it minds."""
+
+    def allowed(self):
+        return np.array([self.place % 2, 1 - self.place % 2], np.int8)
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)[0], {"action_mask": self.allowed()}
+
+    def step(self, action):
+        assert self.allowed()[action], "forbidden"
+        state, reward, ended, truncated, info = super().step(action)
+        return state, reward, ended, truncated, info | {"action_mask": self.allowed()}
+
+
+def gated_walks() -> list:
+    env, episodes = gym.make("test/Gated-v0"), []
+    for _ in range(10):
+        state, info = env.reset()
+        states, actions, rewards, masks, ended = [state], [], [], [info["action_mask"]], False
+        while not ended:
+            actions.append(int(masks[-1].argmax()))
+            state, reward, ended, truncated, info = env.step(actions[-1])
+            states.append(state)
+            rewards.append(reward)
+            masks.append(info["action_mask"])
+            ended |= truncated
+        episodes.append(course(states, actions, rewards, action_mask=masks))
+    return episodes
+
+
+@pytest.fixture(scope="module")
+def gated(minari_root) -> str:
+    gym.register("test/Gated-v0", f"{__name__}:Gated", max_episode_steps=29)  # ends elsewhere than it starts
+    env = gym.make("test/Gated-v0")
+    minari.create_dataset_from_buffers("test/gated-v0", gated_walks(), env=env, data_format="hdf5")
+    return "test/gated-v0"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_keeps_to_the_masks_of_data_and_environment(gated, tmp_path, name):
+    """The environment fails at the first forbidden choice; untrained learners would make one."""
+    train(name, *short(gated, tmp_path, updates=4, eval_every=2, log_every=2))
+    run = json.loads((tmp_path / f"discrete/{name}/{gated}/default/seed-0/run.json").read_text())
+    assert run["status"] == "finished"
+
+
+def test_masks_reach_the_batches(gated):
+    script, dataset = load_script("discrete/cql.py"), minari.load_dataset(gated)
+    episodes, _ = script.read_choices(dataset)
+    data = script.choice_transitions(episodes, script.fit_encoder(episodes, dataset, True))
+    for states, masks in (("observations", "allowed"), ("next_observations", "next_allowed")):
+        assert data[masks].dtype == torch.bool
+        assert data[masks].tolist() == [[place % 2 == 1, place % 2 == 0] for place in data[states].tolist()]
+
+
+WRONG_MASKS = {
+    "episode 1: action_mask forbids what was chosen at step 1": [[1, 1], [0, 1], [1, 1]],
+    "episode 1: action_mask allows nothing at step 1": [[1, 1], [0, 0], [1, 1]],
+    r"episode 1: action_mask of shape \(2, 2\), not \(3, 2\)": [[1, 1], [1, 1]],
+    "infos have an action_mask in some episodes only": None,
+}
+
+
+@pytest.mark.parametrize("said", WRONG_MASKS)
+def test_a_mask_at_fault_is_one_line(minari_root, said):
+    script = load_script("discrete/bc.py")
+    wrong = {} if WRONG_MASKS[said] is None else {"action_mask": WRONG_MASKS[said]}
+    good = course([0, 1, 2], [0, 0], [1.0, 0.0], action_mask=[[1, 0], [1, 0], [0, 0]])  # an end needs none
+    name = f"test/masks{[*WRONG_MASKS].index(said)}-v0"
+    episodes = [good, course([0, 1, 2], [0, 0], [1.0, 0.0], **wrong)]
+    dataset = store(name, episodes, actions=gym.spaces.Discrete(2))
+    with pytest.raises(script.UserError, match=said):
+        script.read_choices(dataset)
 
 
 # ------------------------------------------- sepsis, exactly --------------------------------------------

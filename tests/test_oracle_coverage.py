@@ -17,7 +17,7 @@ PAIRS |= {f"finetune/{name}.py": f"tests/test_finetune_{name}.py" for name in FI
 OTHERS = {"discrete": "tests/test_discrete_{}.py", "evaluate": "tests/test_{}.py"}  # their tests
 PAIRS |= {f"{family}/{path.name}": tests.format(path.stem)
           for family, tests in OTHERS.items() for path in sorted((ROOT / "algorithms" / family).glob("*.py"))}
-PAIRS |= {f"collect/{name}.py": f"tests/test_{name}.py" for name in ("label_rewards", "sepsis")}
+PAIRS |= {f"collect/{name}.py": f"tests/test_{name}.py" for name in ("label_rewards", "minatar", "sepsis")}
 
 
 def equations(script: Path) -> set[int]:

@@ -16,7 +16,8 @@ LEARNERS = [path for path in SCRIPTS if path.startswith(FAMILIES)]
 MAX_WIDTH = 110
 LIMITS = {  # own part, train, first line of `update`, toolbox with its banner; the longest name counts
     "algorithms/": (330, 50, 150, 657),
-    "algorithms/discrete/": (330, 50, 150, 669),  # states, vectors and planes to read
+    "algorithms/discrete/": (330, 50, 150, 719),  # states, vectors and planes to read, and masks of choices
+    "algorithms/discrete/dt.py": (379, 50, 150, 719),  # a transformer as well as convolutions
     "algorithms/finetune/": (370, 60, 161, 834),  # a second phase, in an environment
     "algorithms/finetune/wsrl.py": (370, 62, 161, 834),  # steps without updates between the phases
     "algorithms/offline/mopo.py": (474, 50, 150, 766),  # a model to fit, to check and to roll out

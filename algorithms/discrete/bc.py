@@ -6,6 +6,8 @@ are worth, so it stands beside every other algorithm.
   (1)  L = -mean log pi(a|s)                                       pi: a softmax over the choices
   (2)  a ~ pi(s)                                                   acts as the data do, by probability
 
+Choices that infos["action_mask"] forbids, in the data or in the environment, are left out everywhere.
+
 Differences from the paper: a softmax over choices for units that code a steering angle; (2) draws, where that
 takes the strongest.
 
@@ -101,7 +103,8 @@ class DiscreteBC:
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), config.actor_lr, fused=True)
 
     def actor_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = nn.functional.cross_entropy(self.actor(batch["observations"]), batch["actions"])  # (1)
+        logits = only_allowed(self.actor(batch["observations"]), batch.get("allowed"))  # [B, A]
+        loss = nn.functional.cross_entropy(logits, batch["actions"])  # (1)
         return loss, {"actor/loss": loss.detach()}
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -115,15 +118,20 @@ class DiscreteBC:
         return metrics
 
     @torch.inference_mode()
-    def probabilities(self, observations) -> np.ndarray:
-        """Raw observations [...] -> probabilities [..., A] of the choices."""
-        return self.actor(self.encoder.encode(observations)).softmax(-1).cpu().numpy()
+    def probabilities(self, observations, allowed=None) -> np.ndarray:
+        """Raw observations [...] -> probabilities [..., A] of the choices (`allowed` [..., A])."""
+        logits = only_allowed(self.actor(self.encoder.encode(observations)), allowed)
+        return logits.softmax(-1).cpu().numpy()
+
+    def choose(self, observations, allowed=None) -> np.ndarray:
+        """Raw observations, one or a batch -> choices (`allowed`) drawn, in the environment's numbers."""
+        running = self.probabilities(observations, allowed).cumsum(-1, dtype=np.float64)
+        uniform = torch.rand(running.shape[:-1]).numpy()[..., None]  # evaluations seed torch
+        return (running <= uniform * running[..., -1:]).sum(-1) + int(self.encoder.first_choice)  # (2)
 
     def act(self, observations) -> np.ndarray:
-        """Raw observations, one or a batch -> choices drawn by probability, in the environment's numbers."""
-        running = self.probabilities(observations).cumsum(-1)
-        uniform = torch.rand(running.shape[:-1]).numpy()[..., None]  # evaluations seed torch
-        return (running < uniform * running[..., -1:]).sum(-1) + int(self.encoder.first_choice)  # (2)
+        """As `choose`, of all choices."""
+        return self.choose(observations)
 
 
 # -------------------------------------------- Networks --------------------------------------------
@@ -191,12 +199,13 @@ def train(config: Config) -> None:
             if run.is_due(update, config.log_every):
                 run.log(update, metrics | {"actor/agreement": agreement(learner.probabilities, data)})
             if run.is_due(update, config.eval_every) and environments:
-                table = evaluate(learner.act, environments, config.eval_episodes, (config.seed, update, 0))
+                seed = (config.seed, update, 0)
+                table = evaluate_choices(learner.choose, environments, config.eval_episodes, seed)
                 run.log_episodes(update, "training", table, references)
             run.save_when_due(learner)
         if environments:
             seed = (config.seed, config.updates, 1)
-            table = evaluate(learner.act, environments, config.final_eval_episodes, seed)
+            table = evaluate_choices(learner.choose, environments, config.final_eval_episodes, seed)
             run.log_episodes(config.updates, "final", table, references)
         run.finish()
 
@@ -299,7 +308,8 @@ def read_choices(dataset: minari.MinariDataset) -> tuple[list[dict[str, np.ndarr
     """The episodes, each checked, and the hash of all that was recorded.
 
     An episode of T steps has observations [T + 1] (int64 states), [T + 1, obs_dim] (float32) or [T + 1,
-    height, width, channels] (uint8 planes), actions [T] (int64), rewards and terminations [T] (float32).
+    height, width, channels] (uint8 planes), actions [T] (int64), rewards and terminations [T] (float32), and
+    allowed [T + 1, A] (bool) where infos have an action_mask.
     """
     if not isinstance(dataset.action_space, gym.spaces.Discrete):
         raise UserError(f"this script is not for {dataset.action_space}: see algorithms/offline for vectors")
@@ -323,9 +333,34 @@ def read_choices(dataset: minari.MinariDataset) -> tuple[list[dict[str, np.ndarr
             "rewards": np.float32(recorded.rewards),
             "terminations": np.float32(recorded.terminations),
         })
+        if "action_mask" in (recorded.infos or {}):
+            episodes[-1]["allowed"] = read_mask(recorded, dataset.action_space, where)
+    if len({"allowed" in episode for episode in episodes}) > 1:
+        raise UserError(f"{dataset.id}: infos have an action_mask in some episodes only")
     if not episodes or sum(len(episode["rewards"]) for episode in episodes) != dataset.total_steps:
         raise UserError(f"{dataset.id} lacks steps: {dataset.total_steps:,} are announced; get it anew")
     return episodes, digest.hexdigest()
+
+
+def read_mask(recorded: minari.EpisodeData, space: gym.spaces.Discrete, where: str) -> np.ndarray:
+    """infos["action_mask"]: the choices that are allowed at every observation [T + 1, A]."""
+    allowed, steps = np.asarray(recorded.infos["action_mask"]).astype(bool), len(recorded.rewards)
+    if allowed.shape != (steps + 1, space.n):
+        raise UserError(f"{where}: action_mask of shape {allowed.shape}, not {(steps + 1, int(space.n))}")
+    needed = steps + 1 - bool(recorded.terminations[-1])  # after the end there is nothing to choose
+    if not allowed[:needed].any(1).all():
+        raise UserError(f"{where}: action_mask allows nothing at step {allowed.any(1).argmin()}")
+    chosen = allowed[np.arange(steps), recorded.actions - space.start]
+    if not chosen.all():
+        raise UserError(f"{where}: action_mask forbids what was chosen at step {chosen.argmin()}")
+    return allowed
+
+
+def only_allowed(values: Tensor, allowed) -> Tensor:
+    """Values [..., A] of choices, minus infinity where `allowed` [..., A] forbids one; None: all are."""
+    if allowed is None:
+        return values
+    return values.masked_fill(~torch.as_tensor(allowed, device=values.device).bool(), -math.inf)
 
 
 def choose_kind(space: gym.Space) -> type:
@@ -397,6 +432,9 @@ def choice_transitions(episodes: list, encoder: Encoder) -> dict[str, Tensor]:
         "next_observations": np.concatenate([episode["observations"][1:] for episode in episodes]),
         "terminations": steps["terminations"],  # [N]
     }
+    if "allowed" in steps:
+        columns["allowed"] = np.concatenate([episode["allowed"][:-1] for episode in episodes])  # [N, A]
+        columns["next_allowed"] = np.concatenate([episode["allowed"][1:] for episode in episodes])
     return {name: torch.as_tensor(column, device=encoder.mean.device) for name, column in columns.items()}
 
 
@@ -404,17 +442,19 @@ def agreement(probabilities: Callable, data: dict[str, Tensor]) -> float:
     """How likely the policy makes the data's choices, on average over 1,024 fixed rows."""
     rows = np.random.default_rng(0).integers(len(data["actions"]), size=1024)
     chosen = data["actions"][rows].cpu().numpy()
-    given = probabilities(data["observations"][rows].cpu().numpy())
+    allowed = data["allowed"][rows] if "allowed" in data else None
+    given = probabilities(data["observations"][rows].cpu().numpy(), allowed)
     return float(np.take_along_axis(given, chosen[:, None], 1).mean())
 
 
 def find_local_environments() -> None:
-    """Environments that are scripts of collect/ (reef/Sepsis-v0), for datasets that name them."""
-    path = Path(__file__).resolve().parents[1] / "collect/sepsis.py"
-    if path.exists() and "reef_sepsis" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("reef_sepsis", path)
-        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[spec.name])
+    """Environments that are scripts of collect/ (sepsis, MinAtar), for datasets that name them."""
+    for name in ("sepsis", "minatar"):
+        path = Path(__file__).resolve().parents[1] / f"collect/{name}.py"
+        if path.exists() and f"reef_{name}" not in sys.modules:
+            spec = importlib.util.spec_from_file_location(f"reef_{name}", path)
+            sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[spec.name])
 
 
 def load_dataset(name: str) -> minari.MinariDataset:
@@ -530,6 +570,26 @@ def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, s
                 running &= ~ended
             rounds.append(pd.DataFrame({"return": returns, "length": lengths, "success": success}))
     return pd.concat(rounds, ignore_index=True)[:episodes]
+
+
+class LastMasks(gym.vector.VectorWrapper):
+    """Keeps infos["action_mask"], which choices the environments allow now; None where they do not say."""
+
+    def reset(self, **options):
+        observations, infos = super().reset(**options)
+        self.allowed = infos.get("action_mask")
+        return observations, infos
+
+    def step(self, actions):
+        result = super().step(actions)
+        self.allowed = result[-1].get("action_mask")
+        return result
+
+
+def evaluate_choices(choose: Callable, environments, episodes: int, seed: tuple) -> pd.DataFrame:
+    """As `evaluate`, where `choose` also takes the mask of the choices that are allowed."""
+    masked = LastMasks(environments)
+    return evaluate(lambda observations: choose(observations, masked.allowed), masked, episodes, seed)
 
 
 # ------------------------- The run: its folder, its record and its checkpoint -------------------------

@@ -9,6 +9,8 @@ of Q over all choices, and raises Q of the data's own. Over a few choices the su
   (4)  G = mean (log sum_b exp Q(s, b) - Q(s, a))
   (5)  Q' <- Q' + tau (Q - Q')
 
+Choices that infos["action_mask"] forbids, in the data or in the environment, are left out everywhere.
+
 Differences from the paper: double Q-learning, (1), on one critic, for its quantile regression; Q' follows
 slowly.
 
@@ -113,11 +115,12 @@ class DiscreteCQL:
     def critic_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         q = self.critic(batch["observations"])  # [B, A]
         with torch.no_grad():
-            best = self.critic(batch["next_observations"]).argmax(-1, keepdim=True)  # (1) [B, 1]
+            after = only_allowed(self.critic(batch["next_observations"]), batch.get("next_allowed"))
+            best = after.argmax(-1, keepdim=True)  # (1) [B, 1]
             next_q = self.target_critic(batch["next_observations"]).gather(-1, best).squeeze(-1)  # [B]
             target = batch["rewards"] + self.config.discount * (1 - batch["terminations"]) * next_q  # (2)
         chosen = q.gather(-1, batch["actions"].unsqueeze(-1)).squeeze(-1)  # [B]
-        gap = (q.logsumexp(-1) - chosen).mean()  # (4)
+        gap = (only_allowed(q, batch.get("allowed")).logsumexp(-1) - chosen).mean()  # (4)
         loss = nn.functional.smooth_l1_loss(chosen, target) + self.config.cql_weight * gap  # (3)
         metrics = {"critic/loss": loss.detach(), "critic/q_mean": chosen.detach().mean()}
         return loss, metrics | {"critic/gap": gap.detach()}
@@ -134,14 +137,18 @@ class DiscreteCQL:
         return metrics
 
     @torch.inference_mode()
-    def probabilities(self, observations) -> np.ndarray:
-        """Raw observations [...] -> probabilities [..., A] of the choices: one is certain."""
-        best = self.critic(self.encoder.encode(observations)).argmax(-1)
+    def probabilities(self, observations, allowed=None) -> np.ndarray:
+        """Raw observations [...] -> probabilities [..., A] of choices (`allowed` [..., A]): one is sure."""
+        best = only_allowed(self.critic(self.encoder.encode(observations)), allowed).argmax(-1)
         return nn.functional.one_hot(best, int(self.encoder.choices)).cpu().numpy()
 
+    def choose(self, observations, allowed=None) -> np.ndarray:
+        """Raw observations, one or a batch -> the best choices (`allowed`), in the environment's numbers."""
+        return self.probabilities(observations, allowed).argmax(-1) + int(self.encoder.first_choice)
+
     def act(self, observations) -> np.ndarray:
-        """Raw observations, one or a batch -> the best choices, in the environment's numbers."""
-        return self.probabilities(observations).argmax(-1) + int(self.encoder.first_choice)
+        """As `choose`, of all choices."""
+        return self.choose(observations)
 
 
 # -------------------------------------------- Networks --------------------------------------------
@@ -210,12 +217,13 @@ def train(config: Config) -> None:
             if run.is_due(update, config.log_every):
                 run.log(update, metrics | {"actor/agreement": agreement(learner.probabilities, data)})
             if run.is_due(update, config.eval_every) and environments:
-                table = evaluate(learner.act, environments, config.eval_episodes, (config.seed, update, 0))
+                seed = (config.seed, update, 0)
+                table = evaluate_choices(learner.choose, environments, config.eval_episodes, seed)
                 run.log_episodes(update, "training", table, references)
             run.save_when_due(learner)
         if environments:
             seed = (config.seed, config.updates, 1)
-            table = evaluate(learner.act, environments, config.final_eval_episodes, seed)
+            table = evaluate_choices(learner.choose, environments, config.final_eval_episodes, seed)
             run.log_episodes(config.updates, "final", table, references)
         run.finish()
 
@@ -324,7 +332,8 @@ def read_choices(dataset: minari.MinariDataset) -> tuple[list[dict[str, np.ndarr
     """The episodes, each checked, and the hash of all that was recorded.
 
     An episode of T steps has observations [T + 1] (int64 states), [T + 1, obs_dim] (float32) or [T + 1,
-    height, width, channels] (uint8 planes), actions [T] (int64), rewards and terminations [T] (float32).
+    height, width, channels] (uint8 planes), actions [T] (int64), rewards and terminations [T] (float32), and
+    allowed [T + 1, A] (bool) where infos have an action_mask.
     """
     if not isinstance(dataset.action_space, gym.spaces.Discrete):
         raise UserError(f"this script is not for {dataset.action_space}: see algorithms/offline for vectors")
@@ -348,9 +357,34 @@ def read_choices(dataset: minari.MinariDataset) -> tuple[list[dict[str, np.ndarr
             "rewards": np.float32(recorded.rewards),
             "terminations": np.float32(recorded.terminations),
         })
+        if "action_mask" in (recorded.infos or {}):
+            episodes[-1]["allowed"] = read_mask(recorded, dataset.action_space, where)
+    if len({"allowed" in episode for episode in episodes}) > 1:
+        raise UserError(f"{dataset.id}: infos have an action_mask in some episodes only")
     if not episodes or sum(len(episode["rewards"]) for episode in episodes) != dataset.total_steps:
         raise UserError(f"{dataset.id} lacks steps: {dataset.total_steps:,} are announced; get it anew")
     return episodes, digest.hexdigest()
+
+
+def read_mask(recorded: minari.EpisodeData, space: gym.spaces.Discrete, where: str) -> np.ndarray:
+    """infos["action_mask"]: the choices that are allowed at every observation [T + 1, A]."""
+    allowed, steps = np.asarray(recorded.infos["action_mask"]).astype(bool), len(recorded.rewards)
+    if allowed.shape != (steps + 1, space.n):
+        raise UserError(f"{where}: action_mask of shape {allowed.shape}, not {(steps + 1, int(space.n))}")
+    needed = steps + 1 - bool(recorded.terminations[-1])  # after the end there is nothing to choose
+    if not allowed[:needed].any(1).all():
+        raise UserError(f"{where}: action_mask allows nothing at step {allowed.any(1).argmin()}")
+    chosen = allowed[np.arange(steps), recorded.actions - space.start]
+    if not chosen.all():
+        raise UserError(f"{where}: action_mask forbids what was chosen at step {chosen.argmin()}")
+    return allowed
+
+
+def only_allowed(values: Tensor, allowed) -> Tensor:
+    """Values [..., A] of choices, minus infinity where `allowed` [..., A] forbids one; None: all are."""
+    if allowed is None:
+        return values
+    return values.masked_fill(~torch.as_tensor(allowed, device=values.device).bool(), -math.inf)
 
 
 def choose_kind(space: gym.Space) -> type:
@@ -422,6 +456,9 @@ def choice_transitions(episodes: list, encoder: Encoder) -> dict[str, Tensor]:
         "next_observations": np.concatenate([episode["observations"][1:] for episode in episodes]),
         "terminations": steps["terminations"],  # [N]
     }
+    if "allowed" in steps:
+        columns["allowed"] = np.concatenate([episode["allowed"][:-1] for episode in episodes])  # [N, A]
+        columns["next_allowed"] = np.concatenate([episode["allowed"][1:] for episode in episodes])
     return {name: torch.as_tensor(column, device=encoder.mean.device) for name, column in columns.items()}
 
 
@@ -429,17 +466,19 @@ def agreement(probabilities: Callable, data: dict[str, Tensor]) -> float:
     """How likely the policy makes the data's choices, on average over 1,024 fixed rows."""
     rows = np.random.default_rng(0).integers(len(data["actions"]), size=1024)
     chosen = data["actions"][rows].cpu().numpy()
-    given = probabilities(data["observations"][rows].cpu().numpy())
+    allowed = data["allowed"][rows] if "allowed" in data else None
+    given = probabilities(data["observations"][rows].cpu().numpy(), allowed)
     return float(np.take_along_axis(given, chosen[:, None], 1).mean())
 
 
 def find_local_environments() -> None:
-    """Environments that are scripts of collect/ (reef/Sepsis-v0), for datasets that name them."""
-    path = Path(__file__).resolve().parents[1] / "collect/sepsis.py"
-    if path.exists() and "reef_sepsis" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("reef_sepsis", path)
-        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[spec.name])
+    """Environments that are scripts of collect/ (sepsis, MinAtar), for datasets that name them."""
+    for name in ("sepsis", "minatar"):
+        path = Path(__file__).resolve().parents[1] / f"collect/{name}.py"
+        if path.exists() and f"reef_{name}" not in sys.modules:
+            spec = importlib.util.spec_from_file_location(f"reef_{name}", path)
+            sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[spec.name])
 
 
 def load_dataset(name: str) -> minari.MinariDataset:
@@ -564,6 +603,26 @@ def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, s
                 running &= ~ended
             rounds.append(pd.DataFrame({"return": returns, "length": lengths, "success": success}))
     return pd.concat(rounds, ignore_index=True)[:episodes]
+
+
+class LastMasks(gym.vector.VectorWrapper):
+    """Keeps infos["action_mask"], which choices the environments allow now; None where they do not say."""
+
+    def reset(self, **options):
+        observations, infos = super().reset(**options)
+        self.allowed = infos.get("action_mask")
+        return observations, infos
+
+    def step(self, actions):
+        result = super().step(actions)
+        self.allowed = result[-1].get("action_mask")
+        return result
+
+
+def evaluate_choices(choose: Callable, environments, episodes: int, seed: tuple) -> pd.DataFrame:
+    """As `evaluate`, where `choose` also takes the mask of the choices that are allowed."""
+    masked = LastMasks(environments)
+    return evaluate(lambda observations: choose(observations, masked.allowed), masked, episodes, seed)
 
 
 # ------------------------- The run: its folder, its record and its checkpoint -------------------------
