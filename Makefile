@@ -2,7 +2,8 @@
 ## make demo             make .venv and a dataset, train BC, TD3+BC and IQL on it, print and draw their scores
 ## make dataset ID=...   make a local dataset, e.g. ID=reef/pointmaze/umaze-v0 or ID=reef/hopper/medium-v1
 ## make discrete         add to .venv what algorithms/discrete, algorithms/evaluate, sepsis and MinAtar need
-## make datasets         make all local datasets that are not there yet, and name those that cannot be made
+## make ogbench          add to .venv OGBench's environments and experts (its datasets ask for it by themselves)
+## make datasets         make all local datasets but OGBench's (hours) that are not there yet, name what cannot be made
 ## make bench            updates per second of every script
 ## make scores           gather finished runs into results/scores/*.csv
 ## make plot             learning curves and a table of the runs in results/runs
@@ -22,9 +23,9 @@ RECIPES = $(filter-out configs/collect/sac/%,$(sort $(wildcard configs/collect/*
 LABELLED = %-uds-v1 %-otr-v1
 NAMES = $(RECIPES:configs/collect/%.yaml=reef/%)
 DATASETS = $(filter-out $(LABELLED),$(NAMES)) $(filter $(LABELLED),$(NAMES))  # made of one before them
-COLLECTOR = $(or $(filter minatar pointmaze sepsis,$(word 2,$(subst /, ,$(ID)))),$(if $(filter $(LABELLED),$(ID)),label_rewards),rollouts)
+COLLECTOR = $(or $(filter minatar ogbench pointmaze sepsis,$(word 2,$(subst /, ,$(ID)))),$(if $(filter $(LABELLED),$(ID)),label_rewards),rollouts)
 
-.PHONY: help test demo discrete plot dataset datasets known-dataset bench scores report benchmark-quick lint
+.PHONY: help test demo discrete ogbench plot dataset datasets known-dataset bench scores report benchmark-quick lint
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -39,12 +40,14 @@ demo: .venv/complete
 
 discrete: .venv/discrete
 
-dataset: known-dataset .venv/complete
+ogbench: .venv/ogbench
+
+dataset: known-dataset .venv/complete $(if $(filter reef/ogbench/%,$(ID)),.venv/ogbench)
 	$(RUN) algorithms/collect/$(COLLECTOR).py --config_path configs/collect/$(ID:reef/%=%).yaml
 
 # One that fails does not keep the others from being made.
 datasets: .venv/complete
-	@failed=; for id in $(DATASETS); do \
+	@failed=; for id in $(filter-out reef/ogbench/%,$(DATASETS)); do \
 		$(MAKE) --no-print-directory dataset ID=$$id || failed="$$failed $$id"; \
 	done; test -z "$$failed" || { echo "not made:$$failed" >&2; exit 1; }
 
@@ -88,4 +91,8 @@ lint: .venv/complete
 
 .venv/discrete: .venv/complete requirements-discrete.txt
 	$(RUN) -m pip install --no-deps -r requirements-discrete.txt
+	@touch $@
+
+.venv/ogbench: .venv/complete requirements-ogbench.txt
+	$(RUN) -m pip install -r requirements-ogbench.txt
 	@touch $@

@@ -130,6 +130,7 @@ def test_other_first_weights_are_noticed(scripts, factor):
 PENALISED = ("combo", "cql", "finetune/cql", "finetune/cal_ql", "finetune/wsrl")
 WITHOUT_PENALTY = {name: {"cql_weight": 0.0} for name in PENALISED}
 WITHOUT_PENALTY |= {"brac": {"behavior_updates": 0}, "finetune/spot": {"vae_updates": 0}}
+WITHOUT_PENALTY |= {"q_chunking": {"chunk": 1}}  # whose transitions are of one step
 
 
 def critic_losses(learner_of, terminated: float) -> tuple[float, float]:

@@ -14,6 +14,7 @@ OBS, ACT, ROWS = 5, 2, 64
 SETTINGS = {  # so that every branch of `learn` is taken more than three times in 40 updates
     "hidden_dim": 32, "warmup_updates": 10, "behavior_updates": 8, "ema_every": 2, "vae_updates": 6,
     "online_steps": 20, "updates_per_step": 2, "context": 4, "embedding_dim": 32, "decay_steps": 15,
+    "chunk": 1,
 }
 
 

@@ -16,8 +16,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 export = importlib.import_module("export")
 sys.path.pop(0)
 
-REFUSED = {"fql": "noise", "idql": "noise", "diffusion_ql": "noise", "dt": "remembers"}
-REFUSED["diffusion_policy"] = "remembers"
+REFUSED = {"fql": "noise", "idql": "noise", "diffusion_ql": "noise"}
+REFUSED |= dict.fromkeys(("dt", "diffusion_policy", "q_chunking"), "remembers")
 CHOICES = sorted(path.stem for path in (ROOT / "algorithms/discrete").glob("*.py"))
 
 

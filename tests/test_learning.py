@@ -152,6 +152,7 @@ SETTINGS = {
     "lb_sac": {"batch_size": 256, "actor_lr": 1e-2},
     "mopo": {"actor_lr": 6e-3, "model_lr": 3e-3},
     "morel": {"actor_lr": 1e-2, "model_lr": 3e-3, "real_ratio": 0.5, "updates": 800},
+    "q_chunking": {"dataset": "strides", "chunk": 1, "flow_steps": 4, "samples": 8, "hidden_dim": 64},
     "sac_n": {"critics": 4, "actor_lr": 6e-3},
     "td3_bc": {"alpha": 10.0, "policy_delay": 1},
     "xql": {"dataset": "strides", "beta": 0.5},

@@ -488,6 +488,7 @@ PARTS = {
     "iql": Q | {"value", "value_optimizer", "actor_schedule"},
     "mopo": MODEL,
     "morel": MODEL,
+    "q_chunking": Q,
     "td3_bc": Q | {"target_actor"},
 }
 
@@ -732,7 +733,7 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so_once(call, pendulum, tmp
 
 
 # Whose actions are drawn: by torch's generator, the same ones for the same state of it.
-DRAWN = {"diffusion_policy", "diffusion_ql", "fql", "idql"}
+DRAWN = {"diffusion_policy", "diffusion_ql", "fql", "idql", "q_chunking"}
 
 
 @pytest.mark.parametrize("name", OFFLINE)
