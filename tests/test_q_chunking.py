@@ -90,7 +90,7 @@ def chunked(name: str, episodes: list, size: int, discount: float) -> tuple[dict
     recorded = read(qc, f"test/q_chunking/{name}-v0", episodes)
     scaler = qc.fit_scaler(recorded, ACTIONS, False)
     steps = qc.transitions(recorded, scaler)
-    data = qc.chunks(steps, [len(one["rewards"]) for one in recorded], size, discount)
+    data = qc.joined(steps, [len(one["rewards"]) for one in recorded], size, discount)
     arrays = [{key: column.numpy() for key, column in table.items()} for table in (data, steps)]
     return *arrays, recorded
 

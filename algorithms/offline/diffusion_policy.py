@@ -315,7 +315,7 @@ def support_gap_of_plans(learner: DiffusionPolicy, data: dict[str, Tensor]) -> T
 
 
 class LastRewards(gym.vector.VectorWrapper):
-    """Keeps the rewards of the last step, by which returns-to-go are counted down; None at the start."""
+    """Keeps the rewards of the last step, for policies that have a memory; None where an episode begins."""
 
     def reset(self, **options):
         self.rewards = None
@@ -396,10 +396,7 @@ def optimizers(learner) -> list[torch.optim.Optimizer]:
 
 
 def compile_methods(learner, *names: str) -> bool:
-    """Compiles these methods, or makes `learn` a CUDA graph; without a C++ compiler all stays as it is."""
-    if optimizers(learner)[0].param_groups[0]["params"][0].is_cuda:
-        learner.learn = CudaGraph(learner)
-        return True
+    """Compiles these methods, on a GPU `learn` becomes a CUDA graph; all stays where there is no compiler."""
     if not shutil.which(os.environ.get("CXX", "g++")):
         print("no C++ compiler (g++) here: the losses are not compiled, which is slower", file=sys.stderr)
         return False
@@ -407,6 +404,8 @@ def compile_methods(learner, *names: str) -> bool:
         # eager's random numbers are faster here, and the same as uncompiled
         method = torch.compile(getattr(learner, name), dynamic=False, options={"fallback_random": True})
         setattr(learner, name, method)
+    if optimizers(learner)[0].param_groups[0]["params"][0].is_cuda:
+        learner.learn = CudaGraph(learner)
     return True
 
 

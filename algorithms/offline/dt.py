@@ -313,7 +313,7 @@ def windows(data: dict[str, Tensor], starts: Tensor, context: int) -> dict[str, 
 
 
 class LastRewards(gym.vector.VectorWrapper):
-    """Keeps the rewards of the last step, by which returns-to-go are counted down; None at the start."""
+    """Keeps the rewards of the last step, for policies that have a memory; None where an episode begins."""
 
     def reset(self, **options):
         self.rewards = None

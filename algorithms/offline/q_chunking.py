@@ -106,7 +106,7 @@ class Config:
 
 
 class QChunking:
-    """Networks, target and optimisers, and the update that trains them on batches that `chunks` made."""
+    """Networks, target and optimisers, and the update that trains them on batches that `joined` made."""
 
     def __init__(self, config: Config, scaler: "Scaler"):
         self.config, self.scaler, self.updates = config, scaler, 0
@@ -257,7 +257,7 @@ def train(config: Config) -> None:
     action_space = environments.single_action_space if environments else dataset.action_space
     scaler = fit_scaler(episodes, action_space, config.normalize_states).to(device)
     steps = transitions(episodes, scaler)
-    data = chunks(steps, [len(episode["rewards"]) for episode in episodes], config.chunk, config.discount)
+    data = joined(steps, [len(episode["rewards"]) for episode in episodes], config.chunk, config.discount)
     seen = {"critic/data_return": mean_return_to_go(episodes, config.discount)}  # beside critic/q_mean
     known = dataset.storage.metadata
     references = known.get("ref_min_score", config.ref_min), known.get("ref_max_score", config.ref_max)
@@ -297,7 +297,7 @@ def load(folder: str, device: str = "cpu") -> QChunking:
     return learner
 
 
-def chunks(steps: dict[str, Tensor], lengths: list[int], size: int, discount: float) -> dict[str, Tensor]:
+def joined(steps: dict[str, Tensor], lengths: list[int], size: int, discount: float) -> dict[str, Tensor]:
     """Every `size` steps in a row that lie within an episode, of these `lengths`, as one transition."""
     left = np.concatenate([np.arange(length, 0, -1) for length in lengths])  # of the episode, at each step
     starts = torch.as_tensor(np.flatnonzero(left >= size), device=steps["rewards"].device)  # [M]
@@ -316,7 +316,7 @@ def chunks(steps: dict[str, Tensor], lengths: list[int], size: int, discount: fl
 
 
 class LastRewards(gym.vector.VectorWrapper):
-    """Keeps the rewards of the last step, by which returns-to-go are counted down; None at the start."""
+    """Keeps the rewards of the last step, for policies that have a memory; None where an episode begins."""
 
     def reset(self, **options):
         self.rewards = None
@@ -403,10 +403,7 @@ def optimizers(learner) -> list[torch.optim.Optimizer]:
 
 
 def compile_methods(learner, *names: str) -> bool:
-    """Compiles these methods, or makes `learn` a CUDA graph; without a C++ compiler all stays as it is."""
-    if optimizers(learner)[0].param_groups[0]["params"][0].is_cuda:
-        learner.learn = CudaGraph(learner)
-        return True
+    """Compiles these methods, on a GPU `learn` becomes a CUDA graph; all stays where there is no compiler."""
     if not shutil.which(os.environ.get("CXX", "g++")):
         print("no C++ compiler (g++) here: the losses are not compiled, which is slower", file=sys.stderr)
         return False
@@ -414,6 +411,8 @@ def compile_methods(learner, *names: str) -> bool:
         # eager's random numbers are faster here, and the same as uncompiled
         method = torch.compile(getattr(learner, name), dynamic=False, options={"fallback_random": True})
         setattr(learner, name, method)
+    if optimizers(learner)[0].param_groups[0]["params"][0].is_cuda:
+        learner.learn = CudaGraph(learner)
     return True
 
 
