@@ -245,11 +245,14 @@ def test_numbers_of_the_online_phase():
     record_of, scores = SCRIPTS["cql"].online_record, {90: 1.0, 100: 50.0, 105: 30.0, 110: 40.0, 115: 5.0}
     explorer = explorer_of([1.0, 0.0, 1.0, 1.0], [5.0, 6.0, 7.0, 8.0])
     found = record_of(Recorded(scores, 100), explorer, (0.0, 10.0), 200)
-    assert found == {"score_at_switch": 50.0, "lowest_score_after_switch": 30.0, "regret": 0.25}
+    wanted = {"score_at_switch": 50.0, "lowest_score_after_switch": 30.0, "regret": 0.25}
+    episodes = {"online_returns": [5.0, 6.0, 7.0, 8.0], "online_successes": [1.0, 0.0, 1.0, 1.0]}
+    assert found == wanted | episodes
     explorer = explorer_of([None, None], [5.0, 6.0])
     assert record_of(Recorded(scores, 100), explorer, (0.0, 10.0), 200)["regret"] == pytest.approx(0.45)
     found = record_of(Recorded({}, 100), explorer, (None, None), 200)
-    assert found == dict.fromkeys(("score_at_switch", "lowest_score_after_switch", "regret"))
+    episodes = {"online_returns": [5.0, 6.0], "online_successes": [None, None]}
+    assert found == dict.fromkeys(wanted) | episodes
     assert record_of(Recorded({}, 100), explorer_of([], []), (0.0, 10.0), 200)["regret"] is None
 
 
@@ -601,6 +604,18 @@ def test_an_environment_that_raises_after_the_switch(tune, whole, brief, tmp_pat
     status, out, _ = tune(name, *words(name, brief, tmp_path))
     assert (status, "resumed at update" in out) == (0, True)
     assert_same_run(folder, place(whole, name, brief))
+
+
+@pytest.mark.parametrize("name", FINETUNE)
+def test_an_environment_that_raises_in_an_evaluation(tune, brief, tmp_path, monkeypatch, name):
+    def fail(*_):
+        raise OSError("the motor is out of order")
+
+    monkeypatch.setattr(SCRIPTS[name], "evaluate", fail)
+    status, _, err = tune(name, *words(name, brief, tmp_path))
+    assert (status, err.count("\n")) == (2, 1)
+    assert "the environment failed in an evaluation (offline): OSError('the motor is out of order')" in err
+    assert record(place(tmp_path, name, brief))["status"] == "failed"
 
 
 @pytest.mark.parametrize("name", FINETUNE)

@@ -18,8 +18,8 @@ LIMITS = {  # own part, train, first line of `update`, toolbox with its banner; 
     "algorithms/": (330, 50, 150, 657),
     "algorithms/discrete/": (330, 50, 150, 719),  # states, vectors and planes to read, and masks of choices
     "algorithms/discrete/dt.py": (379, 50, 150, 719),  # a transformer as well as convolutions
-    "algorithms/finetune/": (370, 60, 161, 834),  # a second phase, in an environment
-    "algorithms/finetune/wsrl.py": (370, 62, 161, 834),  # steps without updates between the phases
+    "algorithms/finetune/": (370, 60, 161, 838),  # a second phase, in an environment
+    "algorithms/finetune/wsrl.py": (370, 62, 161, 838),  # steps without updates between the phases
     "algorithms/offline/mopo.py": (474, 50, 150, 766),  # a model to fit, to check and to roll out
     "algorithms/offline/combo.py": (474, 50, 150, 766),
     "algorithms/offline/morel.py": (474, 50, 150, 766),

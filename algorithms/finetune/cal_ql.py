@@ -518,7 +518,8 @@ def assess(run: "Run", learner, environments: gym.vector.VectorEnv, phase: str, 
     """An evaluation for the record: offline, online or final, which has seeds of its own."""
     config, final = run.config, phase == "final"
     episodes = config.final_eval_episodes if final else config.eval_episodes
-    table = evaluate(learner.act, environments, episodes, (config.seed, learner.updates, int(final)))
+    with explain(f"the environment failed in an evaluation ({phase})", "mend it; the same command goes on"):
+        table = evaluate(learner.act, environments, episodes, (config.seed, learner.updates, int(final)))
     run.log_episodes(learner.updates, phase, table, references)
 
 
@@ -536,7 +537,8 @@ def save_between_episodes(run: "Run", learner, due: bool) -> bool:
 
 def online_record(run: "Run", explorer: OnlineExplorer, references: tuple, last: int) -> dict:
     """For run.json, null where unknown: the score at the switch, the lowest in the first tenth of the updates
-    after it, and the regret: the mean over training episodes of 1 - success, or else of 1 - score / 100.
+    after it, and the regret: the mean over training episodes of 1 - success, or else of 1 - score / 100. With
+    them what each of these episodes came to.
     """
     switch = run.config.updates
     scores = {update: row["eval/score"] for update, row in run.metrics.items() if "eval/score" in row}
@@ -549,6 +551,8 @@ def online_record(run: "Run", explorer: OnlineExplorer, references: tuple, last:
         "score_at_switch": scores.get(switch),
         "lowest_score_after_switch": min(early, default=None),
         "regret": float(np.mean(regrets)) if regrets else None,
+        "online_returns": [*explorer.returns],
+        "online_successes": [*explorer.successes],
     }
 
 
