@@ -143,9 +143,10 @@ class SPOT:
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         self.updates += 1
-        has_vae = self.updates > self.config.vae_updates
-        moves_actor = has_vae and self.updates % self.config.policy_delay == 0
-        self.metrics |= self.learn(batch, has_vae, moves_actor, self.annealed_weight())
+        weight = self.annealed_weight()
+        if self.updates <= self.config.vae_updates:
+            return self.learn(batch, False, False, weight)
+        self.metrics |= self.learn(batch, True, self.updates % self.config.policy_delay == 0, weight)
         return self.metrics
 
     def learn(

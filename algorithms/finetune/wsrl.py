@@ -131,8 +131,9 @@ class WSRL:
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         self.updates += 1
         online = self.updates - self.config.updates  # so many updates
-        moves_actor = online <= 0 or online % self.config.updates_per_step == 0
-        self.metrics |= self.learn(batch, online > 0, moves_actor)
+        if online <= 0:
+            return self.learn(batch, False, True)
+        self.metrics |= self.learn(batch, True, online % self.config.updates_per_step == 0)
         return self.metrics
 
     def learn(self, batch: dict[str, Tensor], online: bool, moves_actor: bool) -> dict[str, Tensor]:
