@@ -386,8 +386,8 @@ def test_actions_at_a_bound_are_not_clipped(scripts, minari_root, capsys):
         terminations=np.zeros(2, bool), truncations=np.zeros(2, bool), infos={},
     )
     spaces = {"observation_space": gym.spaces.Box(-1, 1, (1,)), "action_space": space}
-    minari.create_dataset_from_buffers("test/data/bounds-v0", [episode], data_format="hdf5", **spaces)
-    script, dataset = scripts["bc"], minari.load_dataset("test/data/bounds-v0")
+    minari.create_dataset_from_buffers("test/bounds-v0", [episode], data_format="hdf5", **spaces)
+    script, dataset = scripts["bc"], minari.load_dataset("test/bounds-v0")
     _, data = load(script, dataset)
     assert capsys.readouterr().out.startswith("0.00% of the action entries")
     assert data["actions"].flatten().tolist() == [-1, 1]
