@@ -15,6 +15,7 @@ import minari
 import numpy as np
 import psutil
 import pytest
+from runs import sigint  # noqa: F401
 
 SCRIPT = Path(__file__).resolve().parents[1] / "algorithms/collect/pointmaze.py"
 PLAIN = ("--dataset", "reef/pointmaze/umaze-v0", "--steps", "2000")
@@ -460,7 +461,7 @@ def test_a_killed_run_leaves_no_dataset_and_no_process(tmp_path, monkeypatch, mo
         minari.load_dataset("reef/pointmaze/umaze-goals-v0")
 
 
-def test_ctrl_c_ends_at_once_and_leaves_nothing(tmp_path):
+def test_ctrl_c_ends_at_once_and_leaves_nothing(tmp_path, sigint):  # noqa: F811
     environment = {**os.environ, "MINARI_DATASETS_PATH": str(tmp_path)}
     words = command("--processes", "2", "--steps", "400000", "--shards", "50")
     settings = {"env": environment, "start_new_session": True, "stderr": subprocess.PIPE, "text": True}
