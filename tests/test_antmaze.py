@@ -161,7 +161,7 @@ def test_what_has_no_goal_is_refused(source, minari_root, capsys):
     cases = [
         ((SOURCE, SOURCE), "is there already"),
         ((SOURCE, "../elsewhere"), "'../elsewhere' is no Minari id"),
-        (("test/none-v0", "at-goal/none-v0"), "cannot load test/none-v0"),
+        (("test/none-v0", "at-goal/none-v0"), "none-v0 is not on this machine; minari download test/none-v0"),
     ]
     for arguments, wanted in cases:
         capsys.readouterr()

@@ -77,11 +77,19 @@ def random_episodes(count: int = 100, length: int = 1000) -> list[dict[str, np.n
 
 
 def draw(script, learner, episodes: list, config) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches as the script's own `train` makes them: windows, transitions, or these and a model's."""
+    """Batches as the script's own `train` makes them: transitions, these and a model's, chunks or windows."""
+    if hasattr(script, "bounded_steps"):
+        data = script.bounded_steps(episodes, learner.scaler)
+        rows = {"rows": torch.arange(len(data["actions"]), device=learner.scaler.mean.device)}
+        batches = script.draw_batches(rows, config.batch_size, seed=0, update=0)
+        return (script.chunks(data, batch["rows"], config) for batch in batches)
     if not hasattr(script, "windows"):
         data = script.transitions(episodes, learner.scaler)
         if hasattr(script, "next_actions"):
             data |= script.next_actions(episodes, learner.scaler)
+        if hasattr(script, "joined"):
+            lengths = [len(episode["rewards"]) for episode in episodes]
+            data = script.joined(data, lengths, config.chunk, config.discount)
         batches = script.draw_batches(data, config.batch_size, seed=0, update=0)
         if not hasattr(script, "renew_rollouts"):
             return batches

@@ -1,5 +1,6 @@
 """A copy of a maze's dataset whose episodes end at the goal, where AntMaze's go on.
 
+  minari download D4RL/antmaze/umaze-v1
   python tools/end_at_goal.py D4RL/antmaze/umaze-v1 at-goal/antmaze/umaze-v1
   python algorithms/finetune/iql.py --config_path configs/finetune/iql/D4RL/antmaze/umaze-v1.yaml \\
       --dataset at-goal/antmaze/umaze-v1
@@ -53,10 +54,12 @@ def end_at_goal(source: str, target: str) -> None:
 
 
 def load(name: str) -> minari.MinariDataset:
+    if not (get_dataset_path(name) / "data").exists():
+        raise UserError(f"{name} is not on this machine; minari download {name}")
     try:
-        return minari.load_dataset(name, download=True)
-    except Exception as error:  # KeyError, AssertionError, an HTTP client's ...
-        raise UserError(f"cannot load {name}: {error!r:.200}; see minari list remote") from None
+        return minari.load_dataset(name)
+    except Exception as error:  # KeyError, AssertionError, JSONDecodeError ...
+        raise UserError(f"cannot load {name}: {error!r:.200}; get it anew: minari download {name}") from None
 
 
 def ending(dataset: minari.MinariDataset, spec: EnvSpec | None) -> EnvSpec:
