@@ -24,7 +24,7 @@ RECIPES = $(filter-out configs/collect/sac/%,$(sort $(wildcard configs/collect/*
 LABELLED = %-uds-v1 %-otr-v1
 NAMES = $(RECIPES:configs/collect/%.yaml=reef/%)
 DATASETS = $(filter-out $(LABELLED),$(NAMES)) $(filter $(LABELLED),$(NAMES))  # made of one before them
-COLLECTOR = $(or $(filter minatar ogbench pointmaze sepsis,$(word 2,$(subst /, ,$(ID)))),$(if $(filter $(LABELLED),$(ID)),label_rewards),rollouts)
+COLLECTOR = $(or $(subst -,_,$(filter dark-room minatar ogbench pointmaze sepsis,$(word 2,$(subst /, ,$(ID))))),$(if $(filter $(LABELLED),$(ID)),label_rewards),rollouts)
 
 .PHONY: help test demo discrete language ogbench plot dataset datasets known-dataset bench scores report benchmark-quick lint
 
