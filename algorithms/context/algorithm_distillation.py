@@ -319,7 +319,7 @@ def live_in_context(choose: Callable, rooms: gym.vector.VectorEnv, episodes: int
             ended = terminations | truncations
             returns[number, np.arange(count)] += rewards
             number = np.minimum(number + ended, episodes)  # what comes after is counted in a row of its own
-            last = {"states": last_states, "actions": actions, "rewards": rewards.copy(), "ended": ended.copy()}
+            last = {"states": last_states, "actions": actions, "rewards": rewards.copy(), "ended": ended}
     return returns[:-1]
 
 

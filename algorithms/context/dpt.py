@@ -1,17 +1,19 @@
 """DPT: the decision-pretrained transformer, which has seen what is best (Lee et al., 2023, arXiv:2306.14892).
 
-A transformer is shown some transitions of a task, in any order, and a state, and is trained on the best action
-there, which is known in training. Where the transitions leave open which task it is, the best it can do is to
-mix the tasks that fit them, by how well they fit: acting by what it predicts is posterior sampling, and
-exploration comes out of imitation. On a goal that it has never seen it collects the transitions itself.
+A transformer is shown some transitions of a task, in any order, and a state, and is trained on the best
+action there, which is known in training. Where the transitions leave open which task it is, the best that it
+can do is to mix the tasks that fit them, by how well they fit: acting by what it predicts is posterior
+sampling, and exploration comes out of imitation. On a goal that it has never seen it collects the transitions
+itself.
 
   (1)  D = {(s_i, a_i, r_i, s'_i)}, i = 1 ... n                   transitions of one task, in random order
-  (2)  x_0 = E_q(s),  x_i = E_s(s_i) + E_a(a_i) + E_r(r_i) + E_n(s'_i)   no places: D is a set
-  (3)  L = mean -log pi(a* | s, D_1, ..., D_j)                    over all j from 0 to n; a*: the best action
+  (2)  x_0 = E_q(s),  x_i = E_s(s_i) + E_a(a_i) + E_r(r_i) + E_n(s'_i)   no places: a set
+  (3)  L = mean -log pi(a* | s, D_1, ..., D_j)                over j from 0 to n; a*: the best
   (4)  acting: a ~ pi(. | s, D), D: the last n transitions of the episodes that are over
 
-Differences from the paper: the transitions come from the lives of learners, from a beginning of random length,
-not from random policies; the last transition of an episode is left out, as its s' is another episode's start.
+Differences from the paper: the transitions come from the lives of learners, from a beginning of random
+length, not from random policies; the last transition of an episode is left out, as its s' is another
+episode's start.
 
   make dataset ID=reef/dark-room/histories-v0
   python algorithms/context/dpt.py --dataset reef/dark-room/histories-v0
@@ -331,7 +333,7 @@ def live_in_context(choose: Callable, rooms: gym.vector.VectorEnv, episodes: int
             ended = terminations | truncations
             returns[number, np.arange(count)] += rewards
             number = np.minimum(number + ended, episodes)  # what comes after is counted in a row of its own
-            last = {"states": last_states, "actions": actions, "rewards": rewards.copy(), "ended": ended.copy()}
+            last = {"states": last_states, "actions": actions, "rewards": rewards.copy(), "ended": ended}
     return returns[:-1]
 
 
