@@ -1,13 +1,13 @@
 """DPO: direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290), and its kin IPO and cDPO.
 
 Offline RL on words. A language model is the policy: the prompt x is the state, the response y the action. The
-data say which of two responses was preferred; nothing is drawn in training, no reward is fitted, no value is
+data say which of two responses was preferred; nothing is drawn in training, no reward and no value is
 learned. If a policy is the best for rewards r and a price beta on KL to a reference, r is beta times the log
-ratio of the two, but for a term of x. Put into Bradley and Terry's model of preferences, that leaves one loss.
+ratio of the two, but for a term of x. Put into Bradley and Terry's model of preferences, one loss is left.
 
   (1)  log pi(y|x) = sum_t log pi(y_t | x, y_1, ..., y_{t-1})           over tokens of the response alone
-  (2)  h = log pi(y_w|x) / pi_ref(y_w|x) - log pi(y_l|x) / pi_ref(y_l|x)    w: preferred, l: not
-  (3)  L_dpo = -mean log sigma(beta h)                                  its gradient on h: -beta sigma(-beta h)
+  (2)  h = log pi(y_w|x) / pi_ref(y_w|x) - log pi(y_l|x) / pi_ref(y_l|x)     w: preferred, l: not
+  (3)  L_dpo = -mean log sigma(beta h)                                  gradient on h: -beta sigma(-beta h)
   (4)  L_cdpo = -mean (1 - e) log sigma(beta h) + e log sigma(-beta h)  e: share of labels that are wrong
   (5)  L_ipo = mean (h - 1 / (2 beta))^2                                (Azar et al., 2023, arXiv:2310.12036)
   (6)  L_sft = -mean log pi(y_w|x)                                      imitation, beside them
@@ -16,7 +16,7 @@ ratio of the two, but for a term of x. Put into Bradley and Terry's model of pre
   (9)  KL = mean log pi(y|x) - log pi_ref(y|x),  y ~ pi(. | x)          on prompts that are held out
 
 Differences from the paper: Adam for RMSprop, which was to save memory; (8), updates of low rank (Hu et al.,
-2021, arXiv:2106.09685) of the attention, where the paper trains all weights (`lora_rank 0` does); the reference
+2021, arXiv:2106.09685) in the attention, where the paper trains all weights (`lora_rank 0`); the reference
 is the model given, not first fitted to preferred responses; batches are drawn with replacement; of a pair too
 long the prompt loses its beginning first. (4) is from a note of one of the authors.
 
@@ -429,7 +429,7 @@ def reference_of(pairs: list[list[tuple]], learner: DPO, run: "Run", model_hash:
 
 
 def evaluate_words(learner: DPO, held: list, reference: Tensor, prompts: list, run: "Run") -> dict:
-    """Loss and accuracy on held-out pairs, and KL on prompts, whose continuations go into the run's folder."""
+    """Loss and accuracy on held-out pairs, and KL on prompts; their continuations go into the folder."""
     metrics, config = {}, learner.config
     if held:
         log_probs = learner.log_probs([text for pair in held for text in pair]).view(-1, 2)
