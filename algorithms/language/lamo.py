@@ -76,14 +76,14 @@ class Config:
     share: Share = 1.0  # of the dataset's episodes, drawn by the seed: all there is to learn from
     model: str = "models/smollm2-135m-instruct"  # folder or hub id of a language model built as Llama
     pretrained: bool = True  # with its weights; false: the same layers, as frozen, from random weights
-    backbone_layers: Count = 6  # the first ones of the model's layers
+    backbone_layers: Count = 4  # the first ones of the model's layers: as many as a core affords
     lora_rank: Count = 16  # r of (4)
     lora_alpha: Size = 32.0  # alpha of (4)
     updates: Count = 100_000  # gradient updates
     batch_size: Count = 64  # windows in an update
     context: Count = 20  # steps in a window, and the steps that the policy remembers
     actor_lr: Size = 1e-4  # AdamW's step size, once it is warm, of embeddings and head
-    lora_lr: Size = 1e-5  # the same of A and B of (4)
+    lora_step: Share = 0.1  # step size of A and B of (4), as a share of the others'
     warmup_updates: Count = 2500  # updates over which the step sizes rise from 0, along a line
     weight_decay: Size = 1e-5  # AdamW's
     gradient_norm: Size = 0.25  # longer gradients are cut to this length
@@ -97,7 +97,7 @@ class Config:
     ref_max: Optional[float] = None  # return that scores 100; null: the dataset's own
     eval_every: Count = 5000  # updates between evaluations
     eval_episodes: Count = 10  # episodes of an evaluation along the way
-    final_eval_episodes: Count = 100  # episodes of the evaluation that is the score
+    final_eval_episodes: Count = 20  # episodes of the evaluation that is the score
     log_every: Count = 1000  # updates between rows of metrics.csv
     checkpoint_every: Count = 10_000  # updates between checkpoints
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -126,7 +126,8 @@ class LaMo:
         trained = {name: p for name, p in self.actor.named_parameters() if p.requires_grad}
         groups = [
             {"params": [p for name, p in trained.items() if "lora" not in name], "lr": config.actor_lr},
-            {"params": [p for name, p in trained.items() if "lora" in name], "lr": config.lora_lr},
+            {"params": [p for name, p in trained.items() if "lora" in name],
+             "lr": config.lora_step * config.actor_lr},
         ]
         self.actor_optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
         self.actor_schedule = torch.optim.lr_scheduler.LambdaLR(
