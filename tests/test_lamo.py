@@ -378,7 +378,8 @@ def test_a_share_is_that_of_the_episodes_by_the_seed():
 
 def run(dataset: str, folder: Path, model: str, **fields) -> SimpleNamespace:
     known = {"model": model, "backbone_layers": 2, "lora_rank": 2, "context": 4, "actor_lr": 1e-3}
-    known |= {"lora_step": 1.0, "warmup_updates": 30, "dropout": 0.2, "log_every": 20} | fields
+    known |= {"lora_step": 1.0, "warmup_updates": 30, "dropout": 0.2}
+    known |= {"log_every": 20, "final_eval_episodes": 2} | fields
     arguments = [word for word in short(dataset, folder, **known) if not word.startswith("--hidden_dim")]
     lamo.train(lamo.parse_config(arguments))
     place = folder / f"language/lamo/{dataset}/default/seed-0"
