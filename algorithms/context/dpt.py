@@ -223,7 +223,9 @@ def train(config: Config) -> None:
     device = set_up_torch(config)
     dataset = load_dataset(config.dataset)
     lives = read_lives(dataset)
-    data, life = labelled_steps(lives, device), len(lives[0]["states"])
+    data, life = life_transitions(lives, device), len(lives[0]["states"])
+    best = np.array(dataset.storage.metadata["best_actions"])[[life["goal"] for life in lives]]
+    best = torch.as_tensor(best, device=device)  # [lives, states]
     held_out = dataset.storage.metadata["held_out_goals"]
     rooms = make_rooms(dataset, held_out * config.eval_rounds)
     final_rooms = make_rooms(dataset, held_out * config.final_eval_rounds)
@@ -232,11 +234,11 @@ def train(config: Config) -> None:
     compiled = config.compile and compile_methods(learner, "actor_loss")
     facts = {"dataset_hash": dataset.storage.metadata["content_hash"], "compiled": compiled}
     with run.start(learner, **facts, **provenance(device)):
-        rows = {"rows": torch.arange(len(data["states"]), device=device)}
-        batches = draw_batches(rows, config.batch_size, config.seed, learner.updates)
+        drawn = {"lives": torch.arange(len(lives), device=device)}
+        batches = draw_batches(drawn, config.batch_size, config.seed, learner.updates)
         numbers = range(learner.updates + 1, config.updates + 1)
         for update in tqdm(numbers, initial=learner.updates, total=config.updates, disable=None):
-            metrics = learner.update(tasks(data, next(batches)["rows"], life, config.context))
+            metrics = learner.update(tasks(data, best, next(batches)["lives"], life, config.context))
             if run.is_due(update, config.log_every):
                 run.log(update, metrics)
             if run.is_due(update, config.eval_every):
@@ -260,34 +262,34 @@ def load(folder: str, device: str = "cpu") -> DPT:
     return learner
 
 
-def labelled_steps(lives: list[dict], device: torch.device) -> dict[str, Tensor]:
-    """All steps of all lives, which are equally long, with the best action in each state."""
+def life_transitions(lives: list[dict], device: torch.device) -> dict[str, Tensor]:
+    """All steps of all lives, which are equally long, one life after the other."""
     if len({len(life["states"]) for life in lives}) > 1:
         raise UserError("lives of different lengths: DPT takes equal ones")
-    names = {"states": "states", "actions": "actions", "rewards": "rewards", "best_actions": "best_actions"}
-    data = {name: np.concatenate([life[column] for life in lives]) for name, column in names.items()}
+    names = ("states", "actions", "rewards")
+    data = {name: np.concatenate([life[name] for life in lives]) for name in names}
     following = [np.append(life["states"][1:], life["states"][:1]) for life in lives]
     last = [np.append(np.diff(life["episode"]) > 0, True) for life in lives]
     data |= {"next_states": np.concatenate(following), "last": np.concatenate(last)}
     return {name: torch.as_tensor(column, device=device) for name, column in data.items()}
 
 
-def tasks(data: dict[str, Tensor], rows: Tensor, life: int, context: int) -> dict[str, Tensor]:
-    """For the states at `rows` [B] transitions [B, n] of the same life, from a beginning of random length."""
-    first = rows // life * life  # [B]
-    length = 2 + (torch.rand(len(rows), device=rows.device) * (life - 2)).long()  # [B]
-    steps = torch.rand(len(rows), context, device=rows.device) * length[:, None]
-    shown = first[:, None] + steps.long()  # (1) [B, n]
-    shown = shown - data["last"][shown].long()  # the step before it in its place
+def tasks(data: dict, best: Tensor, lives: Tensor, life: int, context: int) -> dict[str, Tensor]:
+    """For each of `lives` [B] transitions [B, n] of a beginning of random length, a state and what is best."""
+    length = 2 + (torch.rand(len(lives), device=lives.device) * (life - 2)).long()  # [B]
+    steps = (torch.rand(len(lives), context, device=lives.device) * length[:, None]).long()
+    shown = life * lives[:, None] + steps  # (1) [B, n]
+    shown = shown - data["last"][shown].long()  # for the last of an episode the step before it
     batch = {name: data[name][shown] for name in ("states", "actions", "rewards", "next_states")}
-    return batch | {"query": data["states"][rows], "best_actions": data["best_actions"][rows]}
+    query = (torch.rand(len(lives), device=lives.device) * best.shape[1]).long()  # any state: it tells nothing
+    return batch | {"query": query, "best_actions": best[lives, query]}
 
 
 # --------------------------------- Lives, and what is learnt in context ---------------------------------
 
 
 def read_lives(dataset: minari.MinariDataset) -> list[dict[str, np.ndarray]]:
-    """Each life as states, actions, best_actions, rewards and episode (its number), all [steps]."""
+    """Each life as states, actions, rewards and episode (its number), all [steps], and its goal."""
     spaces = dataset.observation_space, dataset.action_space
     if not all(isinstance(space, gym.spaces.Discrete) for space in spaces):
         raise UserError(f"this script is not for {spaces[0]} and {spaces[1]}: it takes numbers (Discrete)")
@@ -299,7 +301,7 @@ def read_lives(dataset: minari.MinariDataset) -> list[dict[str, np.ndarray]]:
         lives.append({
             "states": np.asarray(recorded.observations[:-1], np.int64),
             "actions": np.asarray(recorded.actions, np.int64),
-            "best_actions": np.asarray(recorded.infos["best_action"], np.int64),
+            "goal": int(recorded.infos["goal"][0]),
             "rewards": np.asarray(recorded.rewards, np.float32),
             "episode": np.append(0, ended[:-1].cumsum()),
         })  # fmt: skip

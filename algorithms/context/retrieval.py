@@ -386,7 +386,7 @@ def with_memories(data: dict[str, Tensor], rows: Tensor, config: Config) -> dict
 
 
 def read_lives(dataset: minari.MinariDataset) -> list[dict[str, np.ndarray]]:
-    """Each life as states, actions, best_actions, rewards and episode (its number), all [steps]."""
+    """Each life as states, actions, rewards and episode (its number), all [steps], and its goal."""
     spaces = dataset.observation_space, dataset.action_space
     if not all(isinstance(space, gym.spaces.Discrete) for space in spaces):
         raise UserError(f"this script is not for {spaces[0]} and {spaces[1]}: it takes numbers (Discrete)")
@@ -398,7 +398,7 @@ def read_lives(dataset: minari.MinariDataset) -> list[dict[str, np.ndarray]]:
         lives.append({
             "states": np.asarray(recorded.observations[:-1], np.int64),
             "actions": np.asarray(recorded.actions, np.int64),
-            "best_actions": np.asarray(recorded.infos["best_action"], np.int64),
+            "goal": int(recorded.infos["goal"][0]),
             "rewards": np.asarray(recorded.rewards, np.float32),
             "episode": np.append(0, ended[:-1].cumsum()),
         })  # fmt: skip
