@@ -11,7 +11,7 @@ from conftest import load_script
 
 pytest.importorskip("transformers", reason="the package transformers is missing: make language")
 pytest.importorskip("vaderSentiment", reason="the package vaderSentiment is missing: make language")
-from words import END, save_model, tiny_model
+from words import END, save_model, tiny_gpt2, tiny_model
 
 script = load_script("collect/sentiment.py")
 
@@ -36,9 +36,10 @@ def lines(file) -> list[dict]:
 
 
 @pytest.mark.equation(1)
-def test_continuations_are_as_frequent_as_the_model_says():
+@pytest.mark.parametrize("make", [tiny_model, tiny_gpt2])
+def test_continuations_are_as_frequent_as_the_model_says(make):
     """Two tokens after prompts of two lengths, padded beside each other: 3,000 draws of each."""
-    model, prompts = tiny_model(), [[3, 5, 7], [4]]
+    model, prompts = make(), [[3, 5, 7], [4]]
     drawn = script.continue_prompts(model, prompts * 3000, 2, END, 1000, (0,))
     for row, prompt in enumerate(prompts):
         found = drawn[row::2]

@@ -24,6 +24,16 @@ def tiny_model(seed: int = 0, tied: bool = True) -> torch.nn.Module:
         return transformers.LlamaForCausalLM(config).eval()
 
 
+def tiny_gpt2() -> torch.nn.Module:
+    """The same size with learned positions, so that it matters where a text begins."""
+    config = transformers.GPT2Config(
+        vocab_size=len(WORDS), n_embd=16, n_layer=2, n_head=4, n_positions=64, initializer_range=0.4,
+        bos_token_id=END, eos_token_id=END)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.GPT2LMHeadModel(config).eval()
+
+
 def tiny_tokenizer():
     """One token a word, with the blank before it."""
     numbers = {word: number for number, word in enumerate(WORDS)}

@@ -18,7 +18,8 @@ ratio of the two, but for a term of x. Put into Bradley and Terry's model of pre
 Differences from the paper: Adam for RMSprop, which was to save memory; (8), updates of low rank (Hu et al.,
 2021, arXiv:2106.09685) in the attention, where the paper trains all weights (`lora_rank 0`); the reference
 is the model given, not first fitted to preferred responses; batches are drawn with replacement; of a pair too
-long the prompt loses its beginning first. (4) is from a note of one of the authors.
+long the prompt loses its beginning first. (4) is from a note of one of the authors. (5) takes sums over
+tokens, as (2) does and the DPO authors' code; later libraries take means.
 
   python algorithms/language/dpo.py --config_path configs/language/dpo/sentiment/train-beta-0.2.yaml
 """
