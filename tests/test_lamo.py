@@ -368,6 +368,7 @@ def test_a_share_is_that_of_the_episodes_by_the_seed():
 
     assert [len(kept(share, 0)) for share in (0.0, 0.001, 0.01, 0.1, 1.0)] == [1, 1, 2, 20, 204]
     assert kept(1.0, 5) == [*range(204)]
+    assert len(lamo.keep_share(episodes[:7], 0.4, 0)) == 3  # the nearest to 2.8
     for seed in range(3):
         assert kept(0.1, seed) == kept(0.1, seed) == sorted(kept(0.1, seed))
         assert {*kept(0.01, seed)} < {*kept(0.1, seed)}
