@@ -275,13 +275,13 @@ def life_transitions(lives: list[dict], device: torch.device) -> dict[str, Tenso
 
 
 def tasks(data: dict, best: Tensor, lives: Tensor, life: int, context: int) -> dict[str, Tensor]:
-    """For each of `lives` [B] transitions [B, n] of a beginning of random length, a state and what is best."""
+    """For each of `lives` [B] transitions [B, n] from a beginning of random length, a state, its best."""
     length = 2 + (torch.rand(len(lives), device=lives.device) * (life - 2)).long()  # [B]
     steps = (torch.rand(len(lives), context, device=lives.device) * length[:, None]).long()
     shown = life * lives[:, None] + steps  # (1) [B, n]
     shown = shown - data["last"][shown].long()  # for the last of an episode the step before it
     batch = {name: data[name][shown] for name in ("states", "actions", "rewards", "next_states")}
-    query = (torch.rand(len(lives), device=lives.device) * best.shape[1]).long()  # any state: it tells nothing
+    query = (torch.rand(len(lives), device=lives.device) * best.shape[1]).long()  # tells nothing
     return batch | {"query": query, "best_actions": best[lives, query]}
 
 
