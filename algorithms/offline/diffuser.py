@@ -196,7 +196,8 @@ class Diffuser:
             clean = self.ema_actor(plans, steps)
             kept = (1 - beta).sqrt() * (1 - after) * plans
             mean = (after.sqrt() * beta * clean + kept) / (1 - now)
-            plans = self.begin_at(states, mean + variance.sqrt() * torch.randn_like(plans))  # (8)
+            noise = torch.randn(size, device=states.device)
+            plans = self.begin_at(states, mean + variance.sqrt() * noise)  # (8)
         return plans
 
     def plan(self, states: Tensor) -> Tensor:
@@ -261,7 +262,7 @@ class StepEmbedding(nn.Module):
 
 
 class TemporalBlock(nn.Module):
-    """Two convolutions, i's embedding between them, added to their input: [B, inputs, L] -> [B, outputs, L]."""
+    """Two convolutions, i's embedding between, added to their input: [B, inputs, L] -> [B, outputs, L]."""
 
     def __init__(self, inputs: int, outputs: int, embedding: int):
         super().__init__()
