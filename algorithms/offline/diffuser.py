@@ -19,12 +19,13 @@ its gradient leads the plans on their way out of the noise, and it picks the bes
        tau^{i-1} = m + sqrt(v_i) z,  z ~ N(0, 1), s_t as it is
   (9)  pi executes the first K actions of the one of N plans tau^0 with the greatest J_phi'(tau^0, 1)
 
-Differences from the paper: (7) climbs tau^i, for which J was trained, as the authors' code does (m); J is the
-way down of the U-Net and one hidden layer; it learns standardised returns, so that one c serves all data (.1,
-.001 or .0001 of raw ones); gamma is .997 (.99, but the J that the authors plan with has .997); theta' moves
-from the first update on (2000th); actions are scaled by their bounds (deviations), and cut to them; a maze's
-goal is for J to find (written in as the last state); the score is that of the last weights. The configs are
-for one core: fewer levels, updates and plans (N), and K is above 1.
+Differences from the paper, for one core: levels of 32 and 64 channels (and 128, 256), batches of 32 (64), N
+is 4 (64), and in the configs for it K is above 1 and updates are fewer. Further: (7) climbs tau^i, for which J was trained,
+as the authors' code does (m); J is the way down of the U-Net and one hidden layer; it learns standardised
+returns, so that one c serves all data (.1, .001 or .0001 of raw ones); gamma is .997 (.99, but the J that the
+authors plan with has .997); theta' moves from the first update on (2000th); actions are scaled by their bounds
+(deviations), and cut to them; a maze's goal is for J to find (written in as the last state); the score is that
+of the last weights.
 
   python algorithms/offline/diffuser.py --config_path configs/offline/diffuser/reef/pointmaze/umaze-v0.yaml
 """
@@ -82,10 +83,10 @@ class Config:
     seed: int = 0  # of networks, batches, noise and evaluations
     variant: str = "default"  # names these settings in the run's folder and in the tables
     updates: Count = 1_000_000  # gradient updates
-    batch_size: Count = 64  # trajectories in an update
+    batch_size: Count = 32  # trajectories in an update
     horizon: Count = 32  # H: steps of a plan
     act_horizon: Count = 1  # K of (9): actions of a plan that are executed before the next
-    act_samples: Count = 64  # N of (9): plans to choose from
+    act_samples: Count = 4  # N of (9): plans to choose from
     discount: Share = 0.997  # gamma of (4)
     termination_penalty: Size = 0.0  # taken off the reward of a step that terminates
     actor_lr: Size = 2e-4  # Adam's step size for tau_theta
@@ -94,7 +95,7 @@ class Config:
     actor_tau: Share = 0.005  # rate of theta' and phi' in (6)
     ema_every: Count = 10  # updates between their moves
     hidden_dim: Count = 32  # channels of the first level; each further one doubles them and halves the time
-    levels: Count = 4  # of both networks; the horizon is a multiple of 2^(levels - 1)
+    levels: Count = 2  # of both networks; the horizon is a multiple of 2^(levels - 1)
     diffusion_steps: Count = 20  # T of (1)
     guide_scale: Size = 1.0  # c of (7), in plans for one standard deviation of R
     guide_steps: int = 2  # times that (7) is done at each i
