@@ -155,13 +155,14 @@ class Diffuser:
         return actor_metrics | value_metrics
 
     def actor_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        noisy, steps = self.add_noise(batch["plans"])
-        errors = (self.actor(noisy, steps) - batch["plans"]).square()  # [B, H, A + S]
+        plans = torch.cat([batch["actions"], batch["observations"]], 2)  # (2) [B, H, A + S]
+        noisy, steps = self.add_noise(plans)
+        errors = (self.actor(noisy, steps) - plans).square()
         loss = (self.weight * errors).mean()  # (3)
         return loss, {"actor/loss": loss.detach()}
 
     def value_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        noisy, steps = self.add_noise(batch["plans"])
+        noisy, steps = self.add_noise(torch.cat([batch["actions"], batch["observations"]], 2))
         loss = (self.value(noisy, steps) - batch["returns"]).square().mean()  # (5)
         return loss, {"value/loss": loss.detach()}
 
@@ -364,7 +365,7 @@ def train(config: Config) -> None:
         return learner.act(observations, environments.rewards)
 
     with run.start(learner, dataset_hash=dataset_hash, compiled=compiled, **provenance(device)):
-        rows = {"rows": torch.arange(len(data["steps"]), device=device)}  # any may be t
+        rows = {"rows": torch.arange(len(data["actions"]), device=device)}  # any may be t
         batches = draw_batches(rows, config.batch_size, config.seed, learner.updates)
         numbers = range(learner.updates + 1, config.updates + 1)
         for update in tqdm(numbers, initial=learner.updates, total=config.updates, disable=None):
@@ -394,7 +395,7 @@ def load(folder: str, device: str = "cpu") -> Diffuser:
 
 
 def valued_steps(episodes: list, scaler: "Scaler", config: Config) -> dict[str, Tensor]:
-    """All N steps [a; s] in the learner's units, their standardised R, the rows of their episodes' ends."""
+    """All N steps in the learner's units, their standardised R and the rows of their episodes' ends."""
     data, device, returns = transitions(episodes, scaler), scaler.mean.device, []
     for episode in episodes:
         rewards = episode["rewards"].astype(np.float64)
@@ -406,26 +407,28 @@ def valued_steps(episodes: list, scaler: "Scaler", config: Config) -> dict[str, 
     returns = (returns - returns.mean()) / max(returns.std(), 1e-6)
     lengths = torch.tensor([len(episode["rewards"]) for episode in episodes], device=device)
     return {
-        "steps": torch.cat([data["actions"], data["observations"]], 1),  # [N, A + S]
+        "actions": data["actions"],  # [N, A]
+        "observations": data["observations"],  # [N, S]
         "returns": torch.as_tensor(returns, dtype=torch.float32).to(device),  # [N]
         "last": (lengths.cumsum(0) - 1).repeat_interleave(lengths),  # [N]
     }
 
 
 def trajectories(data: dict[str, Tensor], rows: Tensor, horizon: int) -> dict[str, Tensor]:
-    """tau [B, H, A + S] of (2) and standardised R [B], where t is the step at `rows` [B]."""
+    """The a [B, H, A] and s [B, H, S] of (2), and standardised R [B], where t is the step at `rows` [B]."""
     steps = rows[:, None] + torch.arange(horizon, device=rows.device)
     steps = steps.minimum(data["last"][rows, None])  # [B, H]
-    return {"plans": data["steps"][steps], "returns": data["returns"][rows]}
+    batch = {name: data[name][steps] for name in ("actions", "observations")}
+    return batch | {"returns": data["returns"][rows]}
 
 
 @torch.no_grad()
 def support_gap_of_samples(learner: Diffuser, data: dict[str, Tensor]) -> Tensor:
     """Mean distance of the first actions of plans, one for each of 128 rows, from the data's."""
-    rows = torch.as_tensor(np.random.default_rng(0).integers(len(data["steps"]), size=128))
-    actions, states = data["steps"][rows.to(data["steps"].device)].tensor_split([learner.scaler.act_dim], 1)
-    plans = learner.sample(states)
-    return (plans[:, 0, : learner.scaler.act_dim].clamp(-1, 1) - actions).norm(dim=1).mean()
+    rows = torch.as_tensor(np.random.default_rng(0).integers(len(data["actions"]), size=128))
+    rows = rows.to(data["actions"].device)
+    actions = learner.sample(data["observations"][rows])[:, 0, : learner.scaler.act_dim]
+    return (actions.clamp(-1, 1) - data["actions"][rows]).norm(dim=1).mean()
 
 
 class LastRewards(gym.vector.VectorWrapper):
