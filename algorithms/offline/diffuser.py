@@ -1,0 +1,1074 @@
+"""Diffuser: planning by diffusion over whole trajectories (Janner et al., 2022, arXiv:2205.09991).
+
+A diffusion model makes plans, states and actions at once, as the data have them: a dynamics model and a
+policy in one. A second network tells, of a plan still in noise, the return that the data earned from there;
+its gradient leads the plans on their way out of the noise, and it picks the best.
+
+  (1)  beta_i = min(1 - f(i / T) / f((i - 1) / T), 0.999),  f(u) = cos(pi / 2 (u + 0.008) / 1.008)^2
+       abar_i = (1 - beta_1) ... (1 - beta_i),  abar_0 = 1
+  (2)  tau = [a_t; s_t], ..., [a_{t+H-1}; s_{t+H-1}]                     beyond an episode its last step
+       tau^i = sqrt(abar_i) tau + sqrt(1 - abar_i) eps, s_t as it is      i: 1 to T, uniform; eps ~ N(0, 1)
+  (3)  L = mean w (tau_theta(tau^i, i) - tau)^2                           w: 10 at a_t, 0 at s_t, else 1
+  (4)  R_t = r_t + gamma r_{t+1} + ... to the episode's end               less a penalty if it terminates
+  (5)  L_J = mean (J_phi(tau^i, i) - (R_t - mean R) / std R)^2
+  (6)  theta' <- theta' + 0.005 (theta - theta'), phi' likewise           every 10 updates
+  (7)  tau^i <- tau^i + c v_i grad J_phi'(tau^i, i), s_t as it is         twice, while i > 2
+  (8)  x = tau_theta'(tau^i, i)                                           from tau^T ~ N(0, 1), s_t as it is
+       m = (sqrt(abar_{i-1}) beta_i x + sqrt(1 - beta_i) (1 - abar_{i-1}) tau^i) / (1 - abar_i)
+       v_i = beta_i (1 - abar_{i-1}) / (1 - abar_i)
+       tau^{i-1} = m + sqrt(v_i) z,  z ~ N(0, 1), s_t as it is
+  (9)  pi executes the first K actions of the one of N plans tau^0 with the greatest J_phi'(tau^0, 1)
+
+Differences from the paper, for one core: levels of 32 and 64 channels (and 128, 256), batches of 32 (64), N
+is 4 (64), and in the configs for it K is above 1 and updates are fewer. Further: (7) climbs tau^i, for
+which J was trained, as the authors' code does (m); J is the way down of the U-Net and one hidden layer; it
+learns standardised returns, so that one c serves all data (.1, .001 or .0001 of raw ones); gamma is .997
+(.99, but the J that the authors plan with has .997); theta' moves from the first update on (2000th);
+actions are scaled by their bounds (deviations), and cut to them; a maze's goal is for J to find (written in
+as the last state); the score is that of the last weights.
+
+  python algorithms/offline/diffuser.py --config_path configs/offline/diffuser/reef/pointmaze/umaze-v0.yaml
+"""
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+import hashlib
+import importlib.metadata
+import inspect
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import NewType, Optional
+from unittest import mock
+
+import filelock
+import gymnasium as gym
+import huggingface_hub
+import minari
+import numpy as np
+import pandas as pd
+import psutil
+import pyrallis
+import torch
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+
+Count = NewType("Count", int)  # at least 1
+Size = NewType("Size", float)  # at least 0
+Positive = NewType("Positive", float)  # at least a millionth
+Share = NewType("Share", float)  # from 0 to 1
+Precision = NewType("Precision", str)
+WandbMode = NewType("WandbMode", str)
+
+
+@dataclasses.dataclass
+class Config:
+    """Diffuser. Write `null` for none and true or false for a switch."""
+
+    dataset: str = "reef/pointmaze/umaze-v0"  # Minari id, on this machine or on the hub
+    seed: int = 0  # of networks, batches, noise and evaluations
+    variant: str = "default"  # names these settings in the run's folder and in the tables
+    updates: Count = 1_000_000  # gradient updates
+    batch_size: Count = 32  # trajectories in an update
+    horizon: Count = 32  # H: steps of a plan
+    act_horizon: Count = 1  # K of (9): actions of a plan that are executed before the next
+    act_samples: Count = 4  # N of (9): plans to choose from
+    discount: Share = 0.997  # gamma of (4)
+    termination_penalty: Size = 0.0  # taken off the reward of a step that terminates
+    actor_lr: Size = 2e-4  # Adam's step size for tau_theta
+    value_lr: Size = 2e-4  # and for J
+    action_weight: Size = 10.0  # w of (3) at a_t
+    actor_tau: Share = 0.005  # rate of theta' and phi' in (6)
+    ema_every: Count = 10  # updates between their moves
+    hidden_dim: Count = 32  # channels of the first level; each further one doubles them and halves the time
+    levels: Count = 2  # of both networks; the horizon is a multiple of 2^(levels - 1)
+    diffusion_steps: Count = 20  # T of (1)
+    guide_scale: Size = 1.0  # c of (7), in plans for one standard deviation of R
+    guide_steps: int = 2  # times that (7) is done at each i
+    guide_stop: int = 2  # the last i are not guided, so many
+    environment: Optional[str] = None  # Gymnasium id to evaluate in; null: the dataset's own
+    ref_min: Optional[float] = None  # return that scores 0; null: the dataset's own
+    ref_max: Optional[float] = None  # return that scores 100; null: the dataset's own
+    eval_every: Count = 5000  # updates between evaluations
+    eval_episodes: Count = 10  # episodes of an evaluation along the way
+    final_eval_episodes: Count = 100  # episodes of the evaluation that is the score
+    log_every: Count = 1000  # updates between rows of metrics.csv
+    checkpoint_every: Count = 10_000  # updates between checkpoints
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    threads: int = 0  # CPU threads; 0: torch's choice
+    compile: bool = True  # compile the losses
+    precision: Precision = "highest"  # of float32 matrix products
+    wandb_mode: WandbMode = "offline"  # mirror of the CSV files
+    wandb_project: str = "reef"  # wandb project
+    output_dir: str = "results/runs"  # where run folders go
+
+
+# -------------------------------------------- Diffuser --------------------------------------------
+
+
+class Diffuser:
+    """Networks, their averages, optimisers and plans, and the update that trains them on trajectories."""
+
+    def __init__(self, config: Config, scaler: "Scaler"):
+        self.config, self.scaler, self.updates = config, scaler, 0
+        width, device = scaler.act_dim + scaler.obs_dim, scaler.mean.device
+        if config.horizon % 2 ** (config.levels - 1) or config.horizon < config.act_horizon:
+            known = f"levels {config.levels} and act_horizon {config.act_horizon}"
+            raise UserError(f"horizon: {config.horizon} does not fit {known}; see --help")
+        self.actor = TemporalUNet(width, config.hidden_dim, config.levels).to(device)
+        self.value = PlanValue(width, config.horizon, config.hidden_dim, config.levels).to(device)
+        self.ema_actor, self.ema_value = copy.deepcopy(self.actor), copy.deepcopy(self.value)  # these act
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), config.actor_lr, fused=True)
+        self.value_optimizer = torch.optim.Adam(self.value.parameters(), config.value_lr, fused=True)
+        self.alpha_bar = squared_cosine_schedule(config.diffusion_steps).to(device)  # [T + 1]
+        self.weight = torch.ones(config.horizon, width, device=device)  # w of (3)
+        self.weight[0, : scaler.act_dim] = config.action_weight
+        self.weight[0, scaler.act_dim :] = 0
+
+    def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.updates += 1
+        return self.learn(batch, self.updates % self.config.ema_every == 0)
+
+    def learn(self, batch: dict[str, Tensor], moves_ema: bool) -> dict[str, Tensor]:
+        """Every step of an update; on a GPU one CUDA graph: what `updates` decides comes as an argument."""
+        loss, actor_metrics = self.actor_loss(batch)
+        descend(self.actor_optimizer, loss)
+        loss, value_metrics = self.value_loss(batch)
+        descend(self.value_optimizer, loss)
+        if moves_ema:
+            polyak(self.ema_actor, self.actor, self.config.actor_tau)  # (6)
+            polyak(self.ema_value, self.value, self.config.actor_tau)  # (6)
+        return actor_metrics | value_metrics
+
+    def actor_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        plans = torch.cat([batch["actions"], batch["observations"]], 2)  # (2) [B, H, A + S]
+        noisy, steps = self.add_noise(plans)
+        errors = (self.actor(noisy, steps) - plans).square()
+        loss = (self.weight * errors).mean()  # (3)
+        return loss, {"actor/loss": loss.detach()}
+
+    def value_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        noisy, steps = self.add_noise(torch.cat([batch["actions"], batch["observations"]], 2))
+        loss = (self.value(noisy, steps) - batch["returns"]).square().mean()  # (5)
+        return loss, {"value/loss": loss.detach()}
+
+    def add_noise(self, plans: Tensor) -> tuple[Tensor, Tensor]:
+        """tau^i of the plans [B, H, A + S], and i [B]."""
+        steps = torch.randint(1, self.config.diffusion_steps + 1, (len(plans),), device=plans.device)
+        alpha_bar = self.alpha_bar[steps][:, None, None]  # [B, 1, 1]
+        noisy = alpha_bar.sqrt() * plans + (1 - alpha_bar).sqrt() * torch.randn_like(plans)
+        return self.begin_at(plans[:, 0, self.scaler.act_dim :], noisy), steps  # (2)
+
+    def begin_at(self, states: Tensor, plans: Tensor) -> Tensor:
+        """Writes the states [M, S] into plans [M, H, A + S] as their first."""
+        plans[:, 0, self.scaler.act_dim :] = states
+        return plans
+
+    def slope(self, plans: Tensor, steps: Tensor) -> Tensor:
+        """The gradient of J_phi' at plans [M, H, A + S]; those who act have gradients switched off."""
+        with torch.enable_grad():
+            plans = plans.detach().requires_grad_()
+            return torch.autograd.grad(self.ema_value(plans, steps).sum(), plans)[0]
+
+    def sample(self, states: Tensor) -> Tensor:
+        """A plan [M, H, A + S] drawn for each of the states [M, S]."""
+        config, size = self.config, (len(states), self.config.horizon, self.weight.shape[1])
+        plans = self.begin_at(states, torch.randn(size, device=states.device))
+        for step in reversed(range(1, config.diffusion_steps + 1)):  # i
+            now, after = self.alpha_bar[step], self.alpha_bar[step - 1]  # abar_i, abar_{i-1}
+            beta, steps = 1 - now / after, torch.full((len(states),), step, device=states.device)
+            variance = beta * (1 - after) / (1 - now)  # v_i, 0 in the last step
+            for _ in range(config.guide_steps if step > config.guide_stop else 0):
+                climbed = plans + config.guide_scale * variance * self.slope(plans, steps)
+                plans = self.begin_at(states, climbed)  # (7)
+            clean = self.ema_actor(plans, steps)
+            kept = (1 - beta).sqrt() * (1 - after) * plans
+            mean = (after.sqrt() * beta * clean + kept) / (1 - now)
+            noise = torch.randn(size, device=states.device)
+            plans = self.begin_at(states, mean + variance.sqrt() * noise)  # (8)
+        return plans
+
+    def plan(self, states: Tensor) -> Tensor:
+        """The best of N plans for each of the states [M, S]: [M, H, A + S]."""
+        samples = self.config.act_samples
+        plans = self.sample(states.repeat_interleave(samples, 0))  # [M N, H, A + S]
+        ones = torch.ones(len(plans), device=plans.device)
+        best = self.ema_value(plans, ones).view(-1, samples).argmax(1)  # [M]
+        rows = torch.arange(len(best), device=best.device)
+        return plans.unflatten(0, (-1, samples))[rows, best]  # (9)
+
+    @torch.no_grad()  # not inference mode: the guide needs gradients
+    def act(self, observations, rewards) -> np.ndarray:
+        """Raw observations [..., obs_dim], or Dicts -> actions [..., act_dim] in environment units.
+
+        `rewards` [...] are the last step's; where one is nan, or with None in all, an episode begins: afresh.
+        """
+        states, kept = self.scaler.scale_observations(observations), self.config.act_horizon
+        shape = states.shape[:-1]
+        if rewards is None:
+            rewards = states.new_full(shape, math.nan)
+            self.plans = states.new_zeros(*shape, kept, self.scaler.act_dim)
+            self.executed = torch.zeros_like(rewards, dtype=torch.long)  # actions of the plan, [...]
+        begins = torch.as_tensor(rewards, device=states.device).isnan()  # [...]
+        due = begins | (self.executed == kept)
+        if due.any():
+            self.plans[due] = self.plan(states[due])[:, :kept, : self.scaler.act_dim].clamp(-1, 1)  # (9)
+            self.executed[due] = 0
+        actions = self.plans.take_along_dim(self.executed[..., None, None], -2).squeeze(-2)
+        self.executed += 1
+        return self.scaler.unscale_actions(actions)
+
+
+# -------------------------------------------- Networks --------------------------------------------
+
+
+def squared_cosine_schedule(steps: int) -> Tensor:
+    """abar_k [T + 1] of the squared cosine schedule, from abar_0 = 1 on."""
+    angles = (torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2
+    signal = angles.cos().square()  # f
+    beta = (1 - signal[1:] / signal[:-1]).clamp(max=0.999)  # (1)
+    return torch.cat([torch.ones(1), (1 - beta).cumprod(0)]).float()
+
+
+def convolution(inputs: int, outputs: int) -> nn.Sequential:
+    """Over time, kernel 5: [B, inputs, L] -> [B, outputs, L]."""
+    norm = nn.GroupNorm(math.gcd(8, outputs), outputs)
+    return nn.Sequential(nn.Conv1d(inputs, outputs, 5, padding=2), norm, nn.Mish())
+
+
+class StepEmbedding(nn.Module):
+    """i [B] -> [B, dim]."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 4 * dim), nn.Mish(), nn.Linear(4 * dim, dim), nn.Mish())
+
+    def forward(self, steps: Tensor) -> Tensor:
+        frequencies = 10_000 ** (-torch.arange(8, device=steps.device) / 7)  # from 1 to 1 / 10,000
+        angles = steps.unsqueeze(-1) * frequencies  # [B, 8]
+        return self.net(torch.cat([angles.sin(), angles.cos()], -1))
+
+
+class TemporalBlock(nn.Module):
+    """Two convolutions, i's embedding between, added to their input: [B, inputs, L] -> [B, outputs, L]."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int):
+        super().__init__()
+        self.first, self.second = convolution(inputs, outputs), convolution(outputs, outputs)
+        self.embed = nn.Linear(embedding, outputs)
+        self.skip = nn.Identity() if inputs == outputs else nn.Conv1d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor, step: Tensor) -> Tensor:
+        return self.second(self.first(x) + self.embed(step).unsqueeze(-1)) + self.skip(x)
+
+
+class Level(nn.Module):
+    """Two blocks: [B, inputs, L] -> [B, outputs, L]."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int):
+        super().__init__()
+        self.first = TemporalBlock(inputs, outputs, embedding)
+        self.second = TemporalBlock(outputs, outputs, embedding)
+
+    def forward(self, x: Tensor, step: Tensor) -> Tensor:
+        return self.second(self.first(x, step), step)
+
+
+class TemporalUNet(nn.Module):
+    """tau_theta: the plans [B, H, width] without noise, from those with the noise of steps i [B]."""
+
+    def __init__(self, width: int, dim: int, levels: int):
+        super().__init__()
+        sizes = [width, *(dim * 2**level for level in range(levels))]
+        wider = list(zip(sizes, sizes[1:]))
+        narrower = [(2 * o, i) for i, o in reversed(wider[1:])]  # a way up takes the way down's outputs too
+        self.embed_step = StepEmbedding(dim)
+        self.down = nn.ModuleList(Level(i, o, dim) for i, o in wider)
+        self.shrink = nn.ModuleList(nn.Conv1d(o, o, 3, stride=2, padding=1) for _, o in wider[:-1])
+        self.middle = Level(sizes[-1], sizes[-1], dim)
+        self.up = nn.ModuleList(Level(i, o, dim) for i, o in narrower)
+        self.grow = nn.ModuleList(nn.ConvTranspose1d(o, o, 4, stride=2, padding=1) for _, o in narrower)
+        self.head = nn.Sequential(convolution(dim, dim), nn.Conv1d(dim, width, 1))
+
+    def forward(self, plans: Tensor, steps: Tensor) -> Tensor:
+        step, skips = self.embed_step(steps), []
+        x = self.down[0](plans.transpose(1, 2), step)  # [B, dim, H]
+        for shrink, level in zip(self.shrink, self.down[1:]):
+            x = level(shrink(x), step)
+            skips.append(x)
+        x = self.middle(x, step)
+        for level, grow in zip(self.up, self.grow):
+            x = grow(level(torch.cat([x, skips.pop()], 1), step))
+        return self.head(x).transpose(1, 2)
+
+
+class PlanValue(nn.Module):
+    """J_phi: one number [B] for plans [B, H, width] with the noise of steps i [B]."""
+
+    def __init__(self, width: int, horizon: int, dim: int, levels: int):
+        super().__init__()
+        sizes = [width, *(dim * 2**level for level in range(levels))]
+        self.embed_step = StepEmbedding(dim)
+        self.down = nn.ModuleList(Level(i, o, dim) for i, o in zip(sizes, sizes[1:]))
+        self.shrink = nn.ModuleList(nn.Conv1d(size, size, 3, stride=2, padding=1) for size in sizes[1:])
+        left = sizes[-1] * math.ceil(horizon / 2**levels)
+        self.head = nn.Sequential(nn.Linear(left + dim, sizes[-1]), nn.Mish(), nn.Linear(sizes[-1], 1))
+
+    def forward(self, plans: Tensor, steps: Tensor) -> Tensor:
+        step, x = self.embed_step(steps), plans.transpose(1, 2)
+        for level, shrink in zip(self.down, self.shrink):
+            x = shrink(level(x, step))
+        return self.head(torch.cat([x.flatten(1), step], 1)).squeeze(1)
+
+
+# ------------------------------------ From the dataset to the score ------------------------------------
+
+
+def train(config: Config) -> None:
+    """All that this script does, in order; what the run's folder already holds is not done again."""
+    run = Run(config, config.dataset)
+    if run.info.get("status") == "finished":
+        print(f"{run.folder} is finished: {run.info['result']}")
+        return
+
+    device = set_up_torch(config)
+    dataset = load_dataset(config.dataset)
+    environments = make_environments(dataset, config.environment)
+    if environments:
+        environments = LastRewards(environments)
+    check_memory(dataset, device)
+    episodes, dataset_hash = read_episodes(dataset)
+    action_space = environments.single_action_space if environments else dataset.action_space
+    scaler = fit_scaler(episodes, action_space, normalize_states=True).to(device)
+    data = valued_steps(episodes, scaler, config)
+    known = dataset.storage.metadata
+    references = known.get("ref_min_score", config.ref_min), known.get("ref_max_score", config.ref_max)
+
+    learner = Diffuser(config, scaler)
+    compiled = config.compile and compile_methods(learner, "actor_loss", "value_loss")
+
+    def act(observations) -> np.ndarray:
+        return learner.act(observations, environments.rewards)
+
+    with run.start(learner, dataset_hash=dataset_hash, compiled=compiled, **provenance(device)):
+        rows = {"rows": torch.arange(len(data["actions"]), device=device)}  # any may be t
+        batches = draw_batches(rows, config.batch_size, config.seed, learner.updates)
+        numbers = range(learner.updates + 1, config.updates + 1)
+        for update in tqdm(numbers, initial=learner.updates, total=config.updates, disable=None):
+            metrics = learner.update(trajectories(data, next(batches)["rows"], config.horizon))
+            if run.is_due(update, config.log_every):
+                with torch.random.fork_rng():  # plans are drawn: training must not notice
+                    gap = support_gap_of_samples(learner, data)
+                run.log(update, metrics | {"actor/support_gap": gap})
+            if run.is_due(update, config.eval_every) and environments:
+                table = evaluate(act, environments, config.eval_episodes, (config.seed, update, 0))
+                run.log_episodes(update, "training", table, references)
+            run.save_when_due(learner)
+        if environments:
+            seed = (config.seed, config.updates, 1)
+            table = evaluate(act, environments, config.final_eval_episodes, seed)
+            run.log_episodes(config.updates, "final", table, references)
+        run.finish()
+
+
+def load(folder: str, device: str = "cpu") -> Diffuser:
+    """The policy of a run: `load(folder).act(observation, last reward)`, None at an episode's start."""
+    config = parse_config([f"--config_path={folder}/config.yaml"])
+    checkpoint = read_saved(Path(folder, "checkpoint.pt"))
+    learner = Diffuser(config, Scaler(**checkpoint["state"]["scaler"]).to(device))
+    restore(learner, checkpoint)
+    return learner
+
+
+def valued_steps(episodes: list, scaler: "Scaler", config: Config) -> dict[str, Tensor]:
+    """All N steps in the learner's units, their standardised R and the rows of their episodes' ends."""
+    data, device, returns = transitions(episodes, scaler), scaler.mean.device, []
+    for episode in episodes:
+        rewards = episode["rewards"].astype(np.float64)
+        rewards = rewards - config.termination_penalty * episode["terminations"]
+        for t in reversed(range(len(rewards) - 1)):
+            rewards[t] += config.discount * rewards[t + 1]  # (4)
+        returns.append(rewards)
+    returns = np.concatenate(returns)
+    returns = (returns - returns.mean()) / max(returns.std(), 1e-6)
+    lengths = torch.tensor([len(episode["rewards"]) for episode in episodes], device=device)
+    return {
+        "actions": data["actions"],  # [N, A]
+        "observations": data["observations"],  # [N, S]
+        "returns": torch.as_tensor(returns, dtype=torch.float32).to(device),  # [N]
+        "last": (lengths.cumsum(0) - 1).repeat_interleave(lengths),  # [N]
+    }
+
+
+def trajectories(data: dict[str, Tensor], rows: Tensor, horizon: int) -> dict[str, Tensor]:
+    """The a [B, H, A] and s [B, H, S] of (2), and standardised R [B], where t is the step at `rows` [B]."""
+    steps = rows[:, None] + torch.arange(horizon, device=rows.device)
+    steps = steps.minimum(data["last"][rows, None])  # [B, H]
+    batch = {name: data[name][steps] for name in ("actions", "observations")}
+    return batch | {"returns": data["returns"][rows]}
+
+
+@torch.no_grad()
+def support_gap_of_samples(learner: Diffuser, data: dict[str, Tensor]) -> Tensor:
+    """Mean distance of the first actions of plans, one for each of 128 rows, from the data's."""
+    rows = torch.as_tensor(np.random.default_rng(0).integers(len(data["actions"]), size=128))
+    rows = rows.to(data["actions"].device)
+    actions = learner.sample(data["observations"][rows])[:, 0, : learner.scaler.act_dim]
+    return (actions.clamp(-1, 1) - data["actions"][rows]).norm(dim=1).mean()
+
+
+class LastRewards(gym.vector.VectorWrapper):
+    """Keeps the rewards of the last step, for policies that have a memory; None where an episode begins."""
+
+    def reset(self, **options):
+        self.rewards = None
+        return super().reset(**options)
+
+    def step(self, actions):
+        result = super().step(actions)
+        self.rewards = result[1].copy()
+        return result
+
+
+# -------------------- Toolbox: the same in every script that has it, word for word --------------------
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step down the gradient of `loss` for the parameters of `optimizer` and no others."""
+    parameters = optimizer.param_groups[0]["params"]
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters)):
+        parameter.grad = gradient.contiguous()  # fused Adam takes no account of strides
+    optimizer.step()
+
+
+@torch.no_grad()
+def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target <- target + tau (source - target)."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)
+
+
+def set_up_torch(config: Config) -> torch.device:
+    """Seeds torch, sets its threads and precision, and finds the device."""
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    torch.set_float32_matmul_precision(config.precision)
+    torch.set_flush_denormal(True)  # Adam's moments of idle weights end in denormals: slow to compute with
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    with explain(f"device: cannot use {config.device}", "see --device"):
+        return torch.zeros(1, device=auto if config.device == "auto" else config.device).device
+
+
+class CudaGraph:
+    """`learn` of a learner on a GPU: what its Python launched one by one is launched again at a stroke.
+
+    A graph serves inputs of one shape, one choice of the other arguments and the optimisers of its time,
+    after three eager calls that set up what must exist before. The next call overwrites what one returns.
+    """
+
+    def __init__(self, learner):
+        self.learner, self.learn, self.stream = learner, learner.learn, torch.cuda.Stream()
+        self.calls, self.graphs = {}, {}
+
+    def __call__(self, *inputs) -> dict[str, Tensor]:
+        entries, steppers = [leaf for each in inputs for leaf in leaves(each)], optimizers(self.learner)
+        kind = *steppers, *(entry.shape if isinstance(entry, Tensor) else entry for entry in entries)
+        self.calls[kind] = self.calls.get(kind, 0) + 1
+        if self.calls[kind] <= 3:
+            return self.set_up(steppers, *inputs)
+        if kind not in self.graphs:
+            self.graphs[kind] = self.capture(*inputs)
+        graph, read, result = self.graphs[kind]
+        torch._foreach_copy_(read, [entry for entry in entries if isinstance(entry, Tensor)])
+        graph.replay()
+        return result
+
+    def set_up(self, steppers: list[torch.optim.Optimizer], *inputs) -> dict[str, Tensor]:
+        for group in [group for optimizer in steppers for group in optimizer.param_groups]:
+            device, group["capturable"] = group["params"][0].device, True
+            group["lr"] = torch.as_tensor(group["lr"], device=device)  # schedules write there
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = self.learn(*inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+    def capture(self, *inputs) -> tuple[torch.cuda.CUDAGraph, list[Tensor], dict[str, Tensor]]:
+        """The graph, the tensors that it reads, and those that it writes its result to."""
+        read, graph = copy.deepcopy(inputs), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            result = self.learn(*read)
+        return graph, [leaf for each in read for leaf in leaves(each) if isinstance(leaf, Tensor)], result
+
+
+def optimizers(learner) -> list[torch.optim.Optimizer]:
+    return [part for part in vars(learner).values() if isinstance(part, torch.optim.Optimizer)]
+
+
+def compile_methods(learner, *names: str) -> bool:
+    """Compiles these methods, on a GPU `learn` becomes a CUDA graph; all stays where there is no compiler."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        print("no C++ compiler (g++) here: the losses are not compiled, which is slower", file=sys.stderr)
+        return False
+    for name in names:
+        # eager's random numbers are faster here, and the same as uncompiled
+        method = torch.compile(getattr(learner, name), dynamic=False, options={"fallback_random": True})
+        setattr(learner, name, method)
+    if optimizers(learner)[0].param_groups[0]["params"][0].is_cuda:
+        learner.learn = CudaGraph(learner)
+    return True
+
+
+# ---------------------------------- Data: from episodes to batches ----------------------------------
+
+
+def load_dataset(name: str) -> minari.MinariDataset:
+    """The dataset on this machine, else from the Minari hub; says which."""
+    local, ours = (minari.storage.get_dataset_path(name) / "data").exists(), name.startswith("reef/")
+    advice = f"make it: make dataset ID={name}" if ours else f"see minari list remote, minari download {name}"
+    configs = Path(__file__).resolve().parent / "../../configs"
+    known = {"/".join(file.with_suffix("").parts[-3:]) for file in configs.glob("*/*/*/*/*-v[0-9].yaml")}
+    near = difflib.get_close_matches(name, known - {name}, 2)
+    if local:
+        advice = f"minari delete {name}, then get it anew ({advice})"
+    elif near:
+        advice = f"did you mean {' or '.join(near)}? Else {advice}"
+    with explain(f"cannot load {name}", advice):
+        if not local and not ours:  # ask once: the hub's client would ask for half a minute
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=4)
+        dataset = minari.load_dataset(name, download=not ours)
+        list(dataset.storage.get_episode_metadata(dataset.episode_indices[-1:]))  # is the file whole?
+    source = "on this machine" if local else "from the Minari hub"
+    print(f"{name}, {source}: {dataset.total_episodes:,} episodes, {dataset.total_steps:,} steps")
+    return dataset
+
+
+def read_episodes(dataset: minari.MinariDataset) -> tuple[list[dict[str, np.ndarray]], str]:
+    """The episodes as float32 arrays, each checked, and the hash of all that was recorded.
+
+    An episode of T steps has observations [T + 1, obs_dim], actions [T, act_dim], rewards and terminations
+    [T]. A truncation is no termination.
+    """
+    shapes = {"observations": vector_shapes(dataset.observation_space)}
+    shapes |= {"actions": vector_shapes(dataset.action_space), "rewards": [()], "terminations": [()]}
+    episodes, digest = [], hashlib.sha256()
+    for recorded in dataset.iterate_episodes():
+        where, steps = f"{dataset.id}, episode {recorded.id}", len(recorded.rewards)
+        for field in (*shapes, "truncations"):
+            length = steps + 1 if field == "observations" else steps
+            for array, shape in zip(leaves(getattr(recorded, field)), shapes.get(field, [()]), strict=True):
+                if steps == 0 or array.shape != (length, *shape):
+                    raise UserError(f"{where} is malformed: {steps} steps, {field} of shape {array.shape}")
+                if not np.isfinite(array.astype(np.float32)).all():
+                    raise UserError(f"{where}: {field} are not all finite")
+                digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+        episodes.append({field: flatten(getattr(recorded, field)) for field in shapes})
+    steps = sum(len(episode["rewards"]) for episode in episodes)
+    if steps == 0 or steps != dataset.total_steps:
+        raise UserError(f"{dataset.id} lacks steps: {steps:,} of {dataset.total_steps:,}; get it anew")
+    return episodes, digest.hexdigest()
+
+
+def check_memory(dataset: minari.MinariDataset, device: torch.device) -> None:
+    """An error where three copies in float32 do not fit: episodes, transitions, one on the way."""
+    spaces = dataset.observation_space, dataset.observation_space, dataset.action_space
+    needed = 12 * dataset.total_steps * (sum(map(gym.spaces.flatdim, spaces)) + 2)
+    free, limit = psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.max")  # a container's
+    if limit.exists() and limit.read_text() != "max\n":
+        usage = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+        free = min(free, int(limit.read_text()) - int(usage["anon"]))
+    if device.type == "cuda":
+        free = min(free, torch.cuda.mem_get_info(device)[0])
+    if needed > free:
+        raise UserError(f"{dataset.id} needs {needed / 1e9:,.1f} GB of memory; {free / 1e9:,.1f} GB are free")
+
+
+def leaves(tree) -> list:
+    """The entries of a Dict in the order of its sorted keys, however deep; anything else is its own leaf."""
+    if isinstance(tree, Mapping):
+        return [leaf for key in sorted(tree) for leaf in leaves(tree[key])]
+    return [tree]
+
+
+def flatten(tree) -> np.ndarray:
+    """An array as float32; the leaves of a Dict side by side: [..., obs_dim]."""
+    return np.concatenate([np.asarray(leaf, np.float32) for leaf in leaves(tree)], axis=-1)
+
+
+def vector_shapes(space: gym.Space) -> list[tuple]:
+    """Shapes of the vectors that an element of `space` consists of."""
+    for leaf in leaves(space):
+        if not isinstance(leaf, gym.spaces.Box) or len(leaf.shape) != 1:
+            raise UserError(f"this script is not for {leaf}: it takes vectors (Box)")
+    return [leaf.shape for leaf in leaves(space)]
+
+
+class Scaler(nn.Module):
+    """From the environment's units to the learner's: observations standardised, actions in [-1, 1]."""
+
+    def __init__(self, mean, std, low, high):
+        super().__init__()
+        self.obs_dim, self.act_dim = len(mean), len(low)
+        for name, value in {"mean": mean, "std": std, "low": low, "high": high}.items():
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
+
+    def scale_observations(self, observations) -> Tensor:
+        raw = flatten(observations)
+        if raw.shape[-1:] != self.mean.shape or not np.isfinite(raw).all():
+            raise UserError(f"observations {raw.shape}: not all are finite numbers [..., {self.obs_dim}]")
+        return (torch.as_tensor(raw, device=self.mean.device) - self.mean) / self.std
+
+    def scale_actions(self, actions) -> Tensor:
+        actions = torch.as_tensor(actions, device=self.low.device)
+        return 2 * (actions - self.low) / (self.high - self.low).clamp(min=1e-6) - 1
+
+    def unscale_actions(self, actions: Tensor) -> np.ndarray:
+        return (self.low + (actions + 1) / 2 * (self.high - self.low)).cpu().numpy()
+
+
+def fit_scaler(episodes: list, space: gym.spaces.Box, normalize_states: bool) -> Scaler:
+    """Actions by the bounds of their space, else by the data's extremes; states by mean and deviation."""
+    if not isinstance(space, gym.spaces.Box):
+        raise UserError(f"this script is not for {space}: it takes vectors (Box)")
+    observations = np.concatenate([episode["observations"][:-1] for episode in episodes])
+    actions = np.concatenate([episode["actions"] for episode in episodes])
+    low = np.where(np.isfinite(space.low), space.low, actions.min(0)).astype(np.float32)
+    high = np.where(np.isfinite(space.high), space.high, actions.max(0)).astype(np.float32)
+    print(f"{((actions < low) | (actions > high)).mean():.2%} of the action entries are clipped to bounds")
+    mean, std = np.zeros(observations.shape[1]), np.ones(observations.shape[1])
+    if normalize_states:
+        mean, std = observations.mean(0, np.float64), observations.std(0, np.float64) + 1e-3
+    return Scaler(mean, std, low, high)
+
+
+def transitions(episodes: list, scaler: Scaler) -> dict[str, Tensor]:
+    """All N steps in the learner's units, on the scaler's device; none leads from one episode to another."""
+    steps = {name: np.concatenate([episode[name] for episode in episodes]) for name in episodes[0]}
+    before = np.concatenate([episode["observations"][:-1] for episode in episodes])
+    after = np.concatenate([episode["observations"][1:] for episode in episodes])
+    return {
+        "observations": scaler.scale_observations(before),  # [N, obs_dim]
+        "actions": scaler.scale_actions(steps["actions"]).clamp(-1, 1),  # [N, act_dim]
+        "rewards": torch.as_tensor(steps["rewards"], device=scaler.mean.device),  # [N]
+        "next_observations": scaler.scale_observations(after),  # [N, obs_dim]
+        "terminations": torch.as_tensor(steps["terminations"], device=scaler.mean.device),  # [N]
+    }
+
+
+def draw_batches(data: dict[str, Tensor], batch_size: int, seed: int, update: int) -> Iterator[dict]:
+    """Batches `update`, `update` + 1, ...: rows drawn with replacement, by seed and batch number alone."""
+    first = next(iter(data.values()))
+    while True:
+        block, start = divmod(update, 1000)  # the rows of 1000 batches are drawn at a time
+        rows = np.random.default_rng((seed, block)).integers(len(first), size=(1000, batch_size))
+        for batch_rows in torch.as_tensor(rows, device=first.device)[start:]:
+            yield {name: column.index_select(0, batch_rows) for name, column in data.items()}
+        update += 1000 - start
+
+
+# ------------------------------- Evaluation: what the policy earns -------------------------------
+
+
+def make_environments(dataset: minari.MinariDataset, name: str | None) -> gym.vector.VectorEnv | None:
+    """Ten environments side by side: `name`, else the dataset's own, bare if its wrappers fail; or None."""
+    with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
+        gym.register_envs(importlib.import_module("gymnasium_robotics"))  # mazes, hands and kitchen
+    spec = name or dataset._eval_env_spec or dataset.env_spec
+    if spec is None:
+        print("no environment to evaluate in (see --environment)")
+        return None
+    kwargs = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False}
+    make = partial(gym.make_vec, num_envs=10, vectorization_mode="sync", vector_kwargs=kwargs)
+    said = f"evaluated in {name or spec.id}"
+    with (
+        explain(f"cannot make {name or spec.id}", "name one to evaluate in with --environment"),
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch("tempfile.tempdir", folder),  # where mazes leave an XML file each
+    ):
+        try:
+            environments = make(spec)
+        except Exception as error:
+            if name or not spec.additional_wrappers:
+                raise
+            environments = make(dataclasses.replace(spec, additional_wrappers=()))
+            said += f", without its recorded wrappers: {error!r:.100}"
+    print(said)
+    theirs = environments.single_observation_space, environments.single_action_space
+    ours = dataset.observation_space, dataset.action_space
+    ours, theirs = tuple(map(gym.spaces.flatdim, ours)), tuple(map(gym.spaces.flatdim, theirs))
+    if ours != theirs:
+        problem = f"observations and actions are of sizes {ours} in {dataset.id}, {theirs} in the environment"
+        raise UserError(f"{problem}: name one that fits with --environment")
+    return environments
+
+
+def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, seed: tuple) -> pd.DataFrame:
+    """A row an episode: return, length, success (nan if the environment knows none); by `seed` alone.
+
+    Every environment plays one episode a round; one that ends early plays on, uncounted, so that the policy's
+    batch keeps its size, on which the last bits of an action depend.
+    """
+    count, rounds = environments.num_envs, []
+    seeds = np.random.SeedSequence(seed).generate_state(episodes + count).tolist()
+    with torch.random.fork_rng():  # training goes on as if nothing had been evaluated
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
+        for first in range(0, episodes, count):
+            observations, _ = environments.reset(seed=seeds[first : first + count])
+            returns, lengths = np.zeros(count), np.zeros(count, int)
+            running, success = np.ones(count, bool), np.full(count, math.nan)
+            while running.any():
+                observations, rewards, terminations, truncations, infos = environments.step(act(observations))
+                ended = terminations | truncations
+                last = infos.get("final_info", {})  # of an episode's last step; `infos` is the next one's
+                reported = np.where(ended, last.get("success", math.nan), infos.get("success", math.nan))
+                success = np.where(running, np.fmax(success, reported), success)  # that of any step
+                returns += running * rewards
+                lengths += running
+                running &= ~ended
+            rounds.append(pd.DataFrame({"return": returns, "length": lengths, "success": success}))
+    return pd.concat(rounds, ignore_index=True)[:episodes]
+
+
+# ------------------------- The run: its folder, its record and its checkpoint -------------------------
+
+
+class Run:
+    """The folder of one run, its lock, record and checkpoint (README: What a run folder holds)."""
+
+    # These do not change the outcome: a run goes on although they differ.
+    FREE = ("device", "threads", "log_every", "checkpoint_every", "wandb_mode", "wandb_project", "output_dir")
+
+    def __init__(self, config: Config, source: str):
+        script = Path(__file__).resolve()
+        self.config, self.group = config, f"{script.stem}/{source}/{config.variant}"
+        if ".." in Path(self.group).parts or "/" in config.variant or config.variant in ("", "."):
+            raise UserError(f"{self.group} would lead out of its folder: mend the variant or the dataset")
+        self.folder = Path(config.output_dir, script.parent.name, self.group, f"seed-{config.seed}")
+        self.lock = filelock.FileLock(self.folder / "lock", timeout=0)
+        self.metrics, self.evaluations = {}, []  # rows of the CSV files, those of metrics by their update
+        self.wandb, self.interrupted = None, False
+        self.info = self.read_info()
+
+    def read_info(self) -> dict:
+        """run.json of earlier starts, if this run may go on from them; empty before the first."""
+        if not (self.folder / "run.json").exists():
+            return {}
+        info, new = read_saved(self.folder / "run.json"), dataclasses.asdict(self.config)
+        old = info["config"]
+        changed = [name for name in new if name not in self.FREE and old.get(name) != new[name]]
+        if changed:
+            fields = ", ".join(f"{name} {old.get(name)} -> {new[name]}" for name in changed)
+            raise UserError(f"{self.folder} is a run of another config: {fields}; take another --variant")
+        if info["status"] == "diverged":
+            raise Diverged(f"{self.folder} has {info['result']}, under another --variant")
+        return info
+
+    @contextlib.contextmanager
+    def start(self, learner, **facts):
+        """Around the training loop: what was saved is restored first, and how it ended is noted."""
+        try:
+            self.lock.acquire()
+        except filelock.Timeout:
+            raise UserError(f"another process is at work in {self.folder}") from None
+        self.info, seconds = self.read_info(), 0.0
+        if (self.folder / "checkpoint.pt").exists():
+            checkpoint = read_saved(self.folder / "checkpoint.pt")
+            restore(learner, checkpoint)
+            self.metrics, self.evaluations = checkpoint["metrics"], checkpoint["evaluations"]
+            seconds = checkpoint["seconds"]
+            torch.set_rng_state(checkpoint["rng"])
+            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+            print(f"resumed at update {learner.updates:,}")
+            for key in [key for key in facts if self.info.get(key) != facts[key]]:
+                print(f"resumed with {key} {facts[key]}, begun with {self.info.get(key)}: maybe other bits")
+            commits = [*self.info.get("commit", "").split(), facts["commit"]]
+            facts["commit"] = " ".join(dict.fromkeys(commits))  # every one that took part
+        self.saved = self.printed = self.mark = time.perf_counter()
+        self.began, self.marked = self.mark - seconds, learner.updates
+        config = dataclasses.asdict(self.config)
+        identity = json.dumps({name: value for name, value in config.items() if name not in self.FREE})
+        facts["config_hash"] = hashlib.sha256(identity.encode()).hexdigest()
+        self.write("config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+        self.note(status="running", result="not finished", config=config, **facts)
+        self.write_tables()
+        handler = signal.signal(signal.SIGINT, self.interrupt)
+        try:
+            yield
+        except Exception as error:  # after Ctrl-C the status is still running
+            self.note(status="diverged" if isinstance(error, Diverged) else "failed", result=f"{error}"[:300])
+            raise
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            self.lock.release()
+
+    def interrupt(self, *_) -> None:
+        """Ctrl-C: the run ends when the update under way is done and saved; a second one ends it at once."""
+        print("\nends after the update under way, which is saved", flush=True)
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def write(self, name: str, content: bytes) -> None:
+        """All of it or nothing, whenever the process is killed or the disk is full."""
+        new = self.folder / f"{name}.new"
+        try:
+            new.write_bytes(content)
+            new.replace(self.folder / name)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            raise UserError(f"cannot write {new}: {error.strerror}; mend it and run the same again") from None
+
+    def note(self, **info) -> None:
+        """Writes into run.json what is known of the run."""
+        self.info |= info
+        self.write("run.json", json.dumps(self.info, indent=1).encode())
+
+    def write_tables(self) -> None:
+        """metrics.csv, a row an update, and evaluations.csv, a row an episode."""
+        for name, rows in {"metrics": [*self.metrics.values()], "evaluations": self.evaluations}.items():
+            table = pd.DataFrame(rows, columns=None if rows else ["update"])
+            self.write(f"{name}.csv", table.to_csv(index=False).encode())
+
+    def is_due(self, update: int, every: int) -> bool:
+        return update % every == 0 or update == self.config.updates
+
+    def log(self, update: int, metrics: Mapping[str, Tensor | float]) -> None:
+        """More of this update's row in metrics.csv; where a value is not finite, the run ends."""
+        row = {"update": update, **{name: float(value) for name, value in metrics.items()}}
+        lost = ", ".join(name for name, value in row.items() if not math.isfinite(value))
+        if lost:
+            raise Diverged(f"diverged by update {update}: {lost} not finite; lower a learning rate")
+        now = time.perf_counter()
+        if now - self.printed > 60 and not sys.stderr.isatty():  # there is no progress bar
+            print(f"update {update:,} of {self.config.updates:,}", flush=True)
+            self.printed = now
+        if update > self.marked:  # evaluations do not count
+            row["time/updates_per_second"] = (update - self.marked) / (now - self.mark)
+        row["time/wall_seconds"] = now - self.began
+        self.metrics[update] = self.metrics.get(update, {}) | row
+        self.write_tables()
+        self.mirror(row)
+        self.mark, self.marked = time.perf_counter(), update
+
+    def log_episodes(self, update: int, phase: str, episodes: pd.DataFrame, references: tuple) -> None:
+        """An evaluation; `references` are the returns that score 0 and 100, None where unknown."""
+        table = episodes.reset_index(names="episode").assign(update=update, phase=phase)
+        self.evaluations += table[["update", "phase", "episode", *episodes]].to_dict("records")
+        (low, high), mean = references, episodes.mean().tolist()
+        result = {"score": math.nan, "return_mean": mean[0], "return_std": episodes["return"].std(ddof=0)}
+        if None not in references:
+            result["score"] = 100 * (mean[0] - low) / (high - low)
+        result |= {"length_mean": mean[1], "success": mean[2]}
+        known = {name: float(value) for name, value in result.items() if not math.isnan(value)}
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in known.items())
+        tqdm.write(f"update {update:,}, {phase} evaluation: {shown}")
+        if phase == "final":
+            self.info |= dict.fromkeys(result) | known  # null where unknown
+            self.write_tables()
+            self.mirror({"update": update, **{f"final/{name}": value for name, value in known.items()}})
+        else:
+            self.log(update, {f"eval/{name}": value for name, value in known.items()})
+
+    def mirror(self, row: dict) -> None:
+        """To wandb, which is no record: where it fails, the run goes on without it."""
+        if self.config.wandb_mode == "disabled":
+            return
+        try:
+            import wandb  # takes seconds
+
+            if self.wandb is None:
+                self.note(wandb_id=self.info.get("wandb_id", os.urandom(4).hex()))
+                self.wandb = wandb.init(
+                    project=self.config.wandb_project, group=self.group, name=f"seed-{self.config.seed}",
+                    config=self.info["config"], mode=self.config.wandb_mode, dir=self.folder,
+                    id=self.info["wandb_id"], resume="allow", settings=wandb.Settings(silent=True))
+            self.wandb.log(row, step=row["update"])
+        except Exception as error:
+            print(f"wandb failed, and the run goes on without it: {error!r:.200}", file=sys.stderr)
+            self.config.wandb_mode = "disabled"
+
+    def save_when_due(self, learner) -> None:
+        """A checkpoint every `checkpoint_every` updates, every ten minutes and before Ctrl-C ends the run."""
+        late = time.perf_counter() - self.saved > 600
+        if self.is_due(learner.updates, self.config.checkpoint_every) or late or self.interrupted:
+            self.save(learner)
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def save(self, learner) -> None:
+        """Everything from which the run goes on to the same bits, if it is finite."""
+        parts = {name: part for name, part in vars(learner).items() if hasattr(part, "state_dict")}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        if not all(leaf.isfinite().all() for leaf in leaves(state) if isinstance(leaf, Tensor)):
+            raise Diverged("diverged: weights not finite; lower a learning rate")
+        self.saved = time.perf_counter()
+        rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        tables = {"metrics": self.metrics, "evaluations": self.evaluations}
+        checkpoint = {"updates": learner.updates, "state": state, "seconds": self.saved - self.began}
+        buffer = io.BytesIO()
+        torch.save(checkpoint | rng | tables, buffer)
+        self.write("checkpoint.pt", buffer.getvalue())
+
+    def finish(self) -> None:
+        """Notes what the run came to: its final evaluation, if there was one, and the best on the way."""
+        table, result = pd.DataFrame(self.metrics.values()), "not evaluated"
+        if "score" in self.info:
+            kind = "return_mean" if self.info["score"] is None else "score"
+            best = table[f"eval/{kind}"].max()
+            self.info["best_score"] = best if kind == "score" else None
+            result = f"{kind} {self.info[kind]:.1f} (best on the way, chosen with the simulator: {best:.1f})"
+        speed, seconds = table["time/updates_per_second"].median(), time.perf_counter() - self.began
+        self.note(status="finished", result=result, wall_seconds=seconds, updates_per_second=speed)
+        print(f"{self.folder}: {result}")
+
+
+def read_saved(file: Path) -> dict:
+    """run.json or checkpoint.pt of a run; an error where it is damaged."""
+    with explain(f"cannot read {file}", f"remove {file.parent} to start anew"):
+        if file.suffix == ".json":
+            saved, kinds = json.loads(file.read_text()), {"config": dict, "status": str, "result": str}
+        else:
+            damaged = zipfile.ZipFile(file).testzip()  # torch.load does not look at the sums
+            if damaged:
+                raise ValueError(f"{damaged} is damaged")
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            kinds = {"updates": int, "state": dict, "metrics": dict, "evaluations": list, "seconds": float}
+        wrong = [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]
+        if wrong:
+            raise ValueError(f"no {' and no '.join(wrong)}")
+    return saved
+
+
+def restore(learner, checkpoint: dict) -> None:
+    """Puts the states of a checkpoint into the parts of `learner` that they are named for."""
+    with explain("the checkpoint does not fit this script", "take the commit that run.json names"):
+        for name, state in checkpoint["state"].items():
+            vars(learner)[name].load_state_dict(state)
+        learner.updates = checkpoint["updates"]
+
+
+def provenance(device: torch.device) -> dict:
+    """Commit (with a + where files differ from it), versions and hardware, as far as they are known here."""
+    here, commit = Path(__file__).resolve().parent, ""
+    if shutil.which("git"):
+        query = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        commit = subprocess.run(query, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
+    names = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
+    installed = {found.name: found.version for found in importlib.metadata.distributions()}
+    versions = {"python": sys.version.partition(" ")[0]}
+    versions |= {name: installed[name] for name in names if name in installed}
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    hardware = cpuinfo.partition("model name\t: ")[2].partition("\n")[0]
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    hardware = f"{device.type}: {hardware}"
+    return {"commit": commit, "device": hardware, "threads": torch.get_num_threads(), "versions": versions}
+
+
+# ------------------------------ The command line and its errors ------------------------------
+
+
+class UserError(Exception):
+    """What the user can mend: `main` prints it in one line."""
+
+
+class Diverged(UserError):
+    """A loss or weight that is not finite any more."""
+
+
+@contextlib.contextmanager
+def explain(problem: str, advice: str) -> Iterator[None]:
+    """Whatever is raised inside becomes an error of one line: the problem, what was raised, what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{problem}: {error!r:.200}; {advice}") from None
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """Config from the YAML file of `--config_path`, then from `--field value`: pyrallis reads both."""
+    register = pyrallis.decode.register
+    register(int, partial(number, int, 0, 2**32 - 1))
+    register(Count, partial(number, int, 1, math.inf))
+    register(float, partial(number, float, -math.inf, math.inf))
+    register(Size, partial(number, float, 0, math.inf))
+    register(Positive, partial(number, float, 1e-6, math.inf))
+    register(Share, partial(number, float, 0, 1))
+    register(bool, partial(choice, (True, False)))
+    register(Precision, partial(choice, ("highest", "high", "medium")))
+    register(WandbMode, partial(choice, ("offline", "online", "disabled")))
+    register(str, text)
+    register(Config, decode_config)
+    with mock.patch("inspect.getsource", cache(inspect.getsource)):  # pyrallis asks field by field
+        parser = pyrallis.argparsing.ArgumentParser(Config, allow_abbrev=False, exit_on_error=False)
+    try:
+        config, unknown = parser.parse_known_args(arguments)
+        decode_config({word.lstrip("-").partition("=")[0]: None for word in unknown})
+    except UserError:
+        raise
+    except Exception as error:  # argparse, yaml and the disk have no error in common
+        raise UserError(f"cannot read the config, {' '.join(arguments)}: {error}; see --help") from None
+    return config
+
+
+def decode_config(values: dict) -> Config:
+    """A Config of what pyrallis has read; an error that names the field, or the nearest one."""
+    kinds, decoded = {field.name: field.type for field in dataclasses.fields(Config)}, {}
+    for name, value in values.items():
+        if name not in kinds:
+            near = difflib.get_close_matches(str(name), kinds, 1)
+            advice = f"did you mean {near[0]}?" if near else "see --help"
+            raise UserError(f"unknown field {name}: {advice}")
+        try:
+            decoded[name] = pyrallis.decode(kinds[name], value)
+        except Exception as error:
+            raise UserError(f"{name}: {error}") from None
+    return Config(**decoded)
+
+
+def number(kind: type, low: float, high: float, value) -> int | float:
+    """`value` as an int or a float within limits: 1e6 is an int, 2.5 and true are none."""
+    found = math.nan if isinstance(value, bool) else float(value)
+    if not (math.isfinite(found) and low <= found <= high) or found != kind(found):
+        raise ValueError(f"{value!r} is not {kind.__name__} in [{low}, {high}]")
+    return kind(found)
+
+
+def text(value) -> str:
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not text")
+    return str(value)
+
+
+def choice(choices: tuple, value):
+    if type(value) is not type(choices[0]) or value not in choices:
+        raise ValueError(f"{value!r} is not {' or '.join(map(str, choices))}")
+    return value
+
+
+def main(action: Callable[[Config], None]) -> None:
+    """The command line of `action`: what the user can mend ends in one line on stderr."""
+    try:
+        return action(parse_config(sys.argv[1:]))
+    except (UserError, OSError) as error:
+        message, status = f"{error}", 3 if isinstance(error, Diverged) else 2
+    except KeyboardInterrupt:
+        message, status = "interrupted; the same command goes on from what is saved", 130
+    print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main(train)
