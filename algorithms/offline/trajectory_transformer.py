@@ -81,7 +81,7 @@ class Config:
     batch_size: Count = 256  # windows in an update
     context: Count = 10  # K of (2): steps in a window, of the past and of a plan
     discount: Share = 0.99  # gamma of (1) and (8)
-    termination_reward: Optional[float] = -100.0  # the reward of a step that terminates; null: the data's
+    termination_reward: Optional[float] = None  # of a step that terminates, where that is bad; null: the data's
     bins: Count = 100  # N of (3)
     action_weight: Size = 5.0  # w of (5)
     actor_lr: Size = 6e-4  # AdamW's step size once it is warm
@@ -90,9 +90,8 @@ class Config:
     gradient_norm: Size = 1.0  # longer gradients are cut to this length
     dropout: Share = 0.1  # of embeddings, attention and residual branches, in training
     hidden_dim: Count = 128  # size of a token's embedding
-    hidden_layers: Count = 4  # blocks of the transformer
-    heads: Count = 4  # of attention, in a block
-    act_horizon: Count = 5  # h of (8): steps of a plan; the rest of the window is for the past
+    hidden_layers: Count = 4  # blocks of the transformer, an attention head for each 32 of hidden_dim
+    plan_horizon: Count = 5  # h of (8): steps of a plan; the rest of the window is for the past
     act_beams: Count = 32  # B of (9)
     act_samples: Count = 2  # S of (9)
     act_cutoff: Share = 0.6  # of (9): 0 draws from all of p, 1 takes the likeliest
@@ -101,7 +100,7 @@ class Config:
     ref_max: Optional[float] = None  # return that scores 100; null: the dataset's own
     eval_every: Count = 5000  # updates between evaluations
     eval_episodes: Count = 10  # episodes of an evaluation along the way
-    final_eval_episodes: Count = 100  # episodes of the evaluation that is the score
+    final_eval_episodes: Count = 20  # episodes of the evaluation that is the score
     log_every: Count = 1000  # updates between rows of metrics.csv
     checkpoint_every: Count = 10_000  # updates between checkpoints
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -124,8 +123,8 @@ class TrajectoryTransformer:
 
     def __init__(self, config: Config, scaler: "Scaler"):
         self.config, self.scaler, self.updates = config, scaler, 0
-        if config.act_horizon > config.context:
-            raise UserError(f"act_horizon: {config.act_horizon} is more than context = {config.context}")
+        if config.plan_horizon > config.context:
+            raise UserError(f"plan_horizon: {config.plan_horizon} is more than context = {config.context}")
         kinds, device = scaler.obs_dim + scaler.act_dim + 2, scaler.mean.device  # D, numbers of a step
         self.bins = Bins(kinds, config.bins).to(device)
         self.actor = TokenTransformer(config, kinds).to(device)
@@ -135,7 +134,7 @@ class TrajectoryTransformer:
             self.actor_optimizer, partial(warm_cosine, config.warmup_updates, config.updates))
         self.weights = torch.ones(kinds, device=device)  # w of (5)
         self.weights[scaler.obs_dim : -2] = config.action_weight
-        self.history = collections.deque(maxlen=config.context - config.act_horizon)  # of steps, as tokens
+        self.history = collections.deque(maxlen=config.context - config.plan_horizon)  # of steps, as tokens
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         self.updates += 1
@@ -191,13 +190,13 @@ class TrajectoryTransformer:
         plans = Plans(self.actor, seen)
         plans.keep(starts.repeat_interleave(config.act_beams))  # [M B, ...]
         earned = torch.zeros(rows * config.act_beams, device=seen.device)
-        for step in range(config.act_horizon):
+        for step in range(config.plan_horizon):
             for _ in range(obs_dim if step > 0 else 0):
                 plans.write(plans.logits.argmax(-1))
             copies = torch.arange(len(plans.tokens), device=seen.device).repeat_interleave(config.act_samples)
             plans.keep(copies)  # (9) [M B S, ...]
             for _ in range(act_dim):
-                plans.write(draw(plans.logits.softmax(-1), config.act_cutoff))
+                plans.write(draw_likely(plans.logits.softmax(-1), config.act_cutoff))
             reward = plans.logits.softmax(-1) @ rewards  # (7)
             plans.write(plans.logits.argmax(-1))
             value = plans.logits.softmax(-1) @ values
@@ -229,7 +228,7 @@ class Plans:
         self.tokens, self.logits, self.memory = self.tokens[rows], self.logits[rows], self.memory[:, :, rows]
 
 
-def draw(p: Tensor, cutoff: float) -> Tensor:
+def draw_likely(p: Tensor, cutoff: float) -> Tensor:
     """Tokens [P] of probabilities p [P, N] without their tail, which has less than `cutoff` in all."""
     ordered, tokens = p.sort(-1)  # the least likely first
     kept = ordered.cumsum(-1) >= cutoff  # (9)
@@ -277,7 +276,7 @@ class HeadsBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
-        self.heads, inner = heads, heads * max(dim // heads, 1)
+        self.heads, inner = heads, heads * (dim // heads)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * inner), nn.Linear(inner, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
@@ -305,7 +304,8 @@ class TokenTransformer(nn.Module):
         self.config, self.kinds, length, dim = config, kinds, config.context * kinds, config.hidden_dim
         self.embed_token = nn.Embedding(kinds * config.bins, dim)  # a table for each kind
         self.embed_position, self.dropout = nn.Embedding(length, dim), nn.Dropout(config.dropout)
-        blocks = [HeadsBlock(dim, config.heads, config.dropout) for _ in range(config.hidden_layers)]
+        self.heads = max(dim // 32, 1)
+        blocks = [HeadsBlock(dim, self.heads, config.dropout) for _ in range(config.hidden_layers)]
         self.blocks, self.norm = nn.ModuleList(blocks), nn.LayerNorm(dim)
         self.head = nn.Parameter(torch.zeros(kinds, dim, config.bins))  # W of (4), by the last token's kind
         for name, weight in self.named_parameters():  # as GPT-2's
@@ -331,8 +331,8 @@ class TokenTransformer(nn.Module):
 
     def new_memory(self, rows: int) -> Tensor:
         """Room for keys and values of each block: [blocks, 2, rows, heads, tokens that are seen, width]."""
-        heads, width = self.config.heads, max(self.config.hidden_dim // self.config.heads, 1)
-        return self.head.new_zeros(len(self.blocks), 2, rows, heads, len(self.seen), width)
+        width = self.config.hidden_dim // self.heads
+        return self.head.new_zeros(len(self.blocks), 2, rows, self.heads, len(self.seen), width)
 
     def read(self, tokens: Tensor, memory: Tensor, first: int) -> Tensor:
         """Tokens [M, T] at the positions from `first` on -> logits [M, N] of the next; memory is added to."""
