@@ -1,4 +1,4 @@
-"""Trajectory Transformer: bins, what tokens see, what the loss counts, and plans, beside plain calculations."""
+"""Trajectory Transformer: bins, what tokens see, what the loss counts and plans, beside plain calculations."""
 
 import itertools
 import json
@@ -99,7 +99,8 @@ def numbered(rewards: list, terminated: bool, discount: float = 0.5, termination
     last = np.arange(len(rewards)) == len(rewards) - 1
     shapes = {"observations": (len(rewards) + 1, OBS), "actions": (len(rewards), ACT)}
     episode = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
-    episode |= {"rewards": np.array(rewards, np.float32), "terminations": (last & terminated).astype(np.float32)}
+    episode["rewards"] = np.array(rewards, np.float32)
+    episode["terminations"] = (last & terminated).astype(np.float32)
     found = tt.numbered_steps([episode, episode], small().scaler, discount, termination_reward)
     count = len(rewards)
     assert found["timesteps"].tolist() == [*range(count)] * 2

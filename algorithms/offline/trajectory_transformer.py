@@ -81,7 +81,7 @@ class Config:
     batch_size: Count = 256  # windows in an update
     context: Count = 10  # K of (2): steps in a window, of the past and of a plan
     discount: Share = 0.99  # gamma of (1) and (8)
-    termination_reward: Optional[float] = None  # of a step that terminates, where that is bad; null: the data's
+    termination_reward: Optional[float] = None  # of a step that terminates; null: the data's
     bins: Count = 100  # N of (3)
     action_weight: Size = 5.0  # w of (5)
     actor_lr: Size = 6e-4  # AdamW's step size once it is warm
@@ -100,7 +100,7 @@ class Config:
     ref_max: Optional[float] = None  # return that scores 100; null: the dataset's own
     eval_every: Count = 5000  # updates between evaluations
     eval_episodes: Count = 10  # episodes of an evaluation along the way
-    final_eval_episodes: Count = 20  # episodes of the evaluation that is the score
+    final_eval_episodes: Count = 10  # episodes of the evaluation that is the score
     log_every: Count = 1000  # updates between rows of metrics.csv
     checkpoint_every: Count = 10_000  # updates between checkpoints
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -233,7 +233,8 @@ def draw_likely(p: Tensor, cutoff: float) -> Tensor:
     ordered, tokens = p.sort(-1)  # the least likely first
     kept = ordered.cumsum(-1) >= cutoff  # (9)
     kept[:, -1] = True
-    drawn = torch.multinomial(ordered * kept, 1)
+    clocks = torch.empty_like(p).exponential_()  # the first to ring is drawn; of nan, which diverged, any
+    drawn = (ordered * kept / clocks).argmax(-1, keepdim=True)
     return tokens.gather(-1, drawn).squeeze(-1)
 
 
@@ -336,13 +337,13 @@ class TokenTransformer(nn.Module):
 
     def read(self, tokens: Tensor, memory: Tensor, first: int) -> Tensor:
         """Tokens [M, T] at the positions from `first` on -> logits [M, N] of the next; memory is added to."""
-        end, x = first + tokens.shape[1], self.embed(tokens, first)
+        mix, x = nn.functional.scaled_dot_product_attention, self.embed(tokens, first)
+        end = first + tokens.shape[1]
         known, now = first - first // self.kinds, end - end // self.kinds  # that are seen: before, and then
         new, sees = self.seen[known:now] - first, self.sees[first:end, self.seen[:now]]
         for block, (keys, values) in zip(self.blocks, memory):
             query, key, value = block.split(x)
             keys[:, :, known:now], values[:, :, known:now] = key[:, :, new], value[:, :, new]
-            mix = nn.functional.scaled_dot_product_attention
             x = block.join(x, mix(query, keys[:, :, :now], values[:, :, :now], attn_mask=sees))
         return self.norm(x[:, -1]) @ self.head[(end - 1) % self.kinds]
 
@@ -422,9 +423,7 @@ def load(folder: str, device: str = "cpu") -> TrajectoryTransformer:
     return learner
 
 
-def numbered_steps(
-    episodes: list, scaler: "Scaler", discount: float, termination_reward: float | None
-) -> dict[str, Tensor]:
+def numbered_steps(episodes: list, scaler: "Scaler", discount: float, termination_reward) -> dict[str, Tensor]:
     """All steps as numbers s, a, r, V [steps, D], each with its number in the episode."""
     ends, timesteps, data = [], [], transitions(episodes, scaler)
     for episode in episodes:
@@ -434,11 +433,11 @@ def numbered_steps(
         values = np.zeros_like(rewards)
         for t in reversed(range(len(rewards) - 1)):
             values[t] = rewards[t + 1] + discount * values[t + 1]  # (1)
-        ends.append(np.stack([rewards, values], -1))
-        timesteps.append(np.arange(len(rewards)))
-    ends, timesteps = torch.as_tensor(np.concatenate(ends)), torch.as_tensor(np.concatenate(timesteps))
-    numbers = torch.cat([data["observations"], data["actions"], ends.to(data["actions"])], -1)  # (2)
-    return {"numbers": numbers, "timesteps": timesteps.to(data["rewards"])}
+        ends.append(torch.as_tensor(np.stack([rewards, values], -1)))
+        timesteps.append(torch.arange(len(rewards)))
+    ends = torch.cat(ends).to(data["actions"])
+    numbers = torch.cat([data["observations"], data["actions"], ends], -1)  # (2)
+    return {"numbers": numbers, "timesteps": torch.cat(timesteps).to(ends)}
 
 
 @torch.inference_mode()
