@@ -1,4 +1,4 @@
-"""Trajectory Transformer: bins, what tokens see, what the loss counts and plans, beside plain calculations."""
+"""Trajectory Transformer: bins, what tokens see, what the loss counts, and plans, by plain calculations."""
 
 import itertools
 import json
@@ -342,11 +342,15 @@ PAST = [3, 1, 2, 0, 3]  # a step
 
 
 @pytest.mark.equation(7, 8, 9)
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_a_wide_beam_finds_the_best_of_all_plans(seed):
-    """Of 4 x 4 action sequences, each of which so many draws find; after a past and as an episode begins."""
-    learner = small(seed, discount=0.8, act_beams=240, act_samples=1, act_cutoff=0.0)
+@pytest.mark.parametrize(("seed", "discount", "size"), [(1, 0.8, 1), (2, 0.8, 1), (2, 0.1, 30), (8, 0.1, 30)])
+def test_a_wide_beam_finds_the_best_of_all_plans(seed, discount, size):
+    """Of 4 x 4 action sequences, each of which so many draws find; after a past and as an episode begins.
+
+    Large values and a small discount: its power decides what they are worth beside rewards.
+    """
+    learner = small(seed, discount=discount, act_beams=240, act_samples=1, act_cutoff=0.0)
     learner.actor.head.data[OBS - 1] *= 0.2  # no action is rare
+    learner.bins.means[-1] *= size
     for seen in ([1, 2], [*PAST, 2, 2]):
         plans = [*itertools.product(range(BINS), repeat=2)]
         promised = {plan: promise(learner, seen, plan, 2) for plan in plans}

@@ -423,13 +423,16 @@ def load(folder: str, device: str = "cpu") -> TrajectoryTransformer:
     return learner
 
 
-def numbered_steps(episodes: list, scaler: "Scaler", discount: float, termination_reward) -> dict[str, Tensor]:
-    """All steps as numbers s, a, r, V [steps, D], each with its number in the episode."""
+def numbered_steps(episodes: list, scaler: "Scaler", discount: float, ending) -> dict[str, Tensor]:
+    """All steps as numbers s, a, r, V [steps, D], each with its number in the episode.
+
+    `ending` is the reward of a step that terminates; None: the data's.
+    """
     ends, timesteps, data = [], [], transitions(episodes, scaler)
     for episode in episodes:
         rewards = episode["rewards"].astype(np.float64)
-        if termination_reward is not None:
-            rewards[episode["terminations"] == 1] = termination_reward
+        if ending is not None:
+            rewards[episode["terminations"] == 1] = ending
         values = np.zeros_like(rewards)
         for t in reversed(range(len(rewards) - 1)):
             values[t] = rewards[t + 1] + discount * values[t + 1]  # (1)
