@@ -13,6 +13,7 @@ from conftest import OFFLINE, learner_class, short
 
 SPEED = ["time/updates_per_second", "time/wall_seconds"]
 SMALL = {"context": 4, "vae_hidden_dim": 8, "target_samples": 2, "act_samples": 4, "cql_actions": 2}
+SMALL |= {"plan_horizon": 2, "act_beams": 2, "bins": 10}
 SMALL |= {"behavior_updates": 4}  # of 20 or more
 SMALL |= {"model_hidden_dim": 8, "model_epochs": 2}
 SMALL |= {"diffusion_steps": 3, "act_horizon": 8, "levels": 1}  # act_horizon: the default of others
