@@ -40,7 +40,7 @@ def test_there_are_scripts_that_learn_values():
 STEP_SIZES = {"temperature": "actor_lr", "multiplier": "critic_lr", "flow": "actor_lr"}
 UNSCALED = {"lb_sac": {"batch_size": 256}}  # its step sizes are those of such a batch
 DEFAULTS = {"weight_decay": 0, "betas": (0.9, 0.999), "eps": 1e-8}  # but where the Config has such a field
-OTHERS = {"DiffusionPolicy": {"betas": (0.95, 0.999)}}  # its authors'
+OTHERS = {"DiffusionPolicy": {"betas": (0.95, 0.999)}, "TrajectoryTransformer": {"betas": (0.9, 0.95)}}
 
 
 def optimizer_faults(learner) -> list[str]:
@@ -55,6 +55,9 @@ def optimizer_faults(learner) -> list[str]:
         moved, owned = set(), {id(weight) for weight in getattr(learner, part).parameters()}
         for group in optimizer.param_groups:
             found = {**group, "first lr": group.get("initial_lr", group["lr"])}  # a schedule may warm up
+            if type(learner).__name__ == "TrajectoryTransformer" and group["weight_decay"] == 0:
+                found.pop("weight_decay")  # of what is no matrix; its own test says what is one
+                wanted.pop("weight_decay")
             faults += [f"{name}: {key} {found.get(key)}" for key in wanted if found.get(key) != wanted[key]]
             moved |= {id(weight) for weight in group["params"]}
         if moved != owned:

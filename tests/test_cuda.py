@@ -14,7 +14,7 @@ OBS, ACT, ROWS = 5, 2, 64
 SETTINGS = {  # so that every branch of `learn` is taken more than three times in 40 updates
     "hidden_dim": 32, "warmup_updates": 10, "behavior_updates": 8, "ema_every": 2, "vae_updates": 6,
     "online_steps": 20, "updates_per_step": 2, "context": 4, "embedding_dim": 32, "decay_steps": 15,
-    "chunk": 1,
+    "chunk": 1, "plan_horizon": 2,
 }
 
 
@@ -36,6 +36,12 @@ def new_batch(script, number: int) -> dict[str, torch.Tensor]:
     name = Path(script.__file__).stem
     if name == "diffusion_policy":
         return {"observations": normal(ROWS, 4, OBS), "actions": normal(ROWS, 16, ACT).clamp(-1, 1)}
+    if name == "diffuser":
+        trajectories = {"observations": normal(ROWS, 32, OBS), "actions": normal(ROWS, 32, ACT).clamp(-1, 1)}
+        return trajectories | {"returns": normal(ROWS)}
+    if name == "trajectory_transformer":
+        tokens = torch.as_tensor(rng.integers(100, size=(ROWS, 4, OBS + ACT + 2)), device="cuda").int()
+        return {"tokens": tokens, "real": torch.ones(ROWS, 4, device="cuda")}
     if name == "dt":
         steps = {"observations": normal(ROWS, 4, OBS), "actions": normal(ROWS, 4, ACT).clamp(-1, 1)}
         if hasattr(script, "Encoder"):

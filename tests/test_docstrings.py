@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted(ROOT.glob("algorithms/*/*.py"))}
-FAMILIES = ("algorithms/offline/", "algorithms/discrete/", "algorithms/finetune/")
+FAMILIES = ("algorithms/offline/", "algorithms/discrete/", "algorithms/finetune/", "algorithms/language/",
+            "algorithms/context/")
 LEARNERS = [name for name in SOURCES if name.startswith(FAMILIES)]
 BANNER = "\n# -------------------- Toolbox"  # above it is the script's own part, below what others have too
 

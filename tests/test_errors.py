@@ -682,7 +682,8 @@ def test_a_loss_that_turns_nan(call, scripts, pendulum, tmp_path, monkeypatch, n
 
     def spoiled(learner, batch):
         factor = math.nan if learner.updates == 24 else 1.0
-        return update(learner, batch | {"actions": batch["actions"] * factor})
+        spoilt = {key: batch[key] * factor for key in ("actions", "real") if key in batch}
+        return update(learner, batch | spoilt)
 
     monkeypatch.setattr(cls, "update", spoiled)
     arguments = small(scripts[name], pendulum, runs, updates=100)

@@ -17,7 +17,7 @@ export = importlib.import_module("export")
 sys.path.pop(0)
 
 REFUSED = {"fql": "noise", "idql": "noise", "diffusion_ql": "noise"}
-REFUSED |= dict.fromkeys(("dt", "diffusion_policy", "q_chunking"), "remembers")
+REFUSED |= dict.fromkeys(("dt", "diffusion_policy", "q_chunking", "trajectory_transformer"), "remembers")
 CHOICES = sorted(path.stem for path in (ROOT / "algorithms/discrete").glob("*.py"))
 
 
@@ -25,7 +25,7 @@ def learner_of(name: str):
     """A learner of vectors [3] and actions [2] with scales of its own, and its script."""
     script = load_script(f"offline/{name}.py")
     known = vars(script.Config())
-    sizes = {"hidden_dim": 8, "vae_hidden_dim": 8, "model_hidden_dim": 8, "context": 4}
+    sizes = {"hidden_dim": 8, "vae_hidden_dim": 8, "model_hidden_dim": 8, "context": 4, "plan_horizon": 2}
     learner = new_learner(script, script.Config(**{key: sizes[key] for key in sizes if key in known}), 3, 2)
     scaler = script.Scaler([1, -2, 30], [2, 1, 10], [-2, 0], [2, 50])
     learner.scaler.load_state_dict(scaler.state_dict())

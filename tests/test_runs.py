@@ -440,7 +440,7 @@ def test_what_a_run_folder_holds(scripts, finished, pendulum, name):
     assert info["updates_per_second"] == pytest.approx(metrics["time/updates_per_second"].median())
     expected = {"actor/loss", "actor/support_gap", *SPEED}
     expected |= {f"eval/{key}" for key in ("score", "return_mean", "return_std", "length_mean")}
-    if name not in {"bc", "dt", "diffusion_policy"}:
+    if name not in {"bc", "dt", "diffusion_policy", "diffuser", "trajectory_transformer"}:
         expected |= {"critic/loss", "critic/q_mean", "critic/data_return"}
     assert expected <= {*metrics}
 
@@ -535,8 +535,10 @@ OTHER = {  # another value of a field, where `other_value` would be none or not 
 }
 FREE = {"device", "threads", "log_every", "checkpoint_every", "wandb_mode", "wandb_project", "output_dir"}
 ACTING = {"act_samples", "act_horizon", "act_stride", "act_noise"}  # by what a trained policy acts
+ACTING |= {"act_beams", "act_cutoff", "plan_horizon"}
 EVALUATION = {"environment", "eval_every", "eval_episodes", "final_eval_episodes", *ACTING}
 RECORD = {"ref_min", "ref_max", "variant", "threads", "precision", "compile"}
+RECORD |= {"termination_reward"}  # a pendulum never terminates; its own test sees it
 EVERY_FIELD = {"td3_bc", "dt", "mopo"}  # what others do with the fields of these sets is td3_bc's code
 
 
@@ -734,7 +736,7 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so_once(call, pendulum, tmp
 
 
 # Whose actions are drawn: by torch's generator, the same ones for the same state of it.
-DRAWN = {"diffusion_policy", "diffusion_ql", "fql", "idql", "q_chunking"}
+DRAWN = {"diffusion_policy", "diffusion_ql", "fql", "idql", "q_chunking", "trajectory_transformer"}
 
 
 @pytest.mark.parametrize("name", OFFLINE)

@@ -11,7 +11,8 @@ import same_code
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [str(path.relative_to(ROOT)) for path in same_code.scripts(ROOT)]
-FAMILIES = ("algorithms/offline/", "algorithms/discrete/", "algorithms/finetune/")
+FAMILIES = ("algorithms/offline/", "algorithms/discrete/", "algorithms/finetune/", "algorithms/language/",
+            "algorithms/context/")
 LEARNERS = [path for path in SCRIPTS if path.startswith(FAMILIES)]
 MAX_WIDTH = 110
 LIMITS = {  # own part, train, first line of `update`, toolbox with its banner; the longest name counts
@@ -20,6 +21,12 @@ LIMITS = {  # own part, train, first line of `update`, toolbox with its banner; 
     "algorithms/discrete/dt.py": (379, 50, 150, 719),  # a transformer as well as convolutions
     "algorithms/finetune/": (370, 60, 161, 838),  # a second phase, in an environment
     "algorithms/finetune/wsrl.py": (370, 62, 161, 838),  # steps without updates between the phases
+    "algorithms/offline/diffuser.py": (446, 50, 150, 657),  # a temporal U-Net and a network of returns
+    "algorithms/offline/trajectory_transformer.py": (480, 50, 150, 657),  # tokens, a transformer and plans
+    "algorithms/language/": (415, 50, 150, 657),  # layers of another library, LoRA, shares of a log
+    "algorithms/language/dpo.py": (466, 50, 150, 657),  # texts, a reference, continuations
+    "algorithms/context/": (380, 50, 150, 657),  # lives, and how they are lived
+    "algorithms/context/retrieval.py": (460, 50, 170, 657),  # a memory as well
     "algorithms/offline/mopo.py": (474, 50, 150, 766),  # a model to fit, to check and to roll out
     "algorithms/offline/combo.py": (474, 50, 150, 766),
     "algorithms/offline/morel.py": (474, 50, 150, 766),

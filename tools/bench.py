@@ -95,7 +95,12 @@ def draw(script, learner, episodes: list, config) -> Iterator[dict[str, torch.Te
             return batches
         script.renew_rollouts(learner, data, None)  # once: what it costs is not in an update
         return (script.mix(batch, learner.rollouts.rows, config.real_ratio) for batch in batches)
-    data = script.steps(episodes, learner.scaler)
+    if hasattr(script, "numbered_steps"):
+        data = script.numbered_steps(episodes, learner.scaler, config.discount, None)
+        learner.bins.fit(data["numbers"])
+        data = {"tokens": learner.bins.encode(data["numbers"]), "timesteps": data["timesteps"]}
+    else:
+        data = script.steps(episodes, learner.scaler)
     rows = {"starts": torch.arange(len(data["timesteps"]), device=learner.scaler.mean.device)}
     batches = script.draw_batches(rows, config.batch_size, seed=0, update=0)
     return (script.windows(data, batch["starts"], config.context) for batch in batches)

@@ -63,6 +63,8 @@ FAMILIES = {
     "finetune": "Offline, then online",
     "discrete": "Choices",
     "evaluate": "Value from logs",
+    "language": "Language",
+    "context": "In context",
     "collect": "Online (makes our data)",
 }
 

@@ -150,10 +150,11 @@ class RADT:
         twins = (keys @ keys.mT > 1 - 1e-6).tril(-1) & real.unsqueeze(1)  # an earlier one is the same
         real = real & ~twins.any(-1) & (alike <= c.too_alike)
         alike = alike.masked_fill(~real, -torch.inf)
-        near, found = alike.topk(min(c.found, alike.shape[1]))  # (3) [B, found]
         earned = batch["memory_rewards"].sum(-1)  # [B, M]
-        most = earned.amax(-1, keepdim=True).clamp(min=1)
-        useful, order = (near + (earned / most).gather(1, found)).topk(min(c.kept, found.shape[1]))  # (4)
+        earned = earned / earned.amax(-1, keepdim=True).clamp(min=1)
+        ranked = alike + 1e-6 * earned  # of equals, as without a key all are, what earned more
+        found = ranked.topk(min(c.found, alike.shape[1])).indices  # (3) [B, found]
+        useful, order = (alike + earned).gather(1, found).topk(min(c.kept, found.shape[1]))  # (4)
         weights = useful.softmax(-1).nan_to_num()  # (5) [B, kept]; 0 where all are none
         rows = found.gather(1, order).unsqueeze(-1).expand(-1, -1, batch["states"].shape[1])
         names = ("states", "actions", "rewards")
