@@ -2,7 +2,10 @@
 
 import json
 import math
+import runpy
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -458,8 +461,31 @@ def run(pendulum: str, plane: str, folder, **fields) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def whole(pendulum, plane, tmp_path_factory) -> SimpleNamespace:
-    """A run of 40 updates."""
-    return run(pendulum, plane, tmp_path_factory.mktemp("whole"))
+    """A run of 40 updates, with the batches that it learned from."""
+    batches, update = [], multitask.Multitask.update
+    noted = lambda learner, batch: batches.append(batch) or update(learner, batch)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multitask.Multitask, "update", noted)
+        found = run(pendulum, plane, tmp_path_factory.mktemp("whole"))
+    found.batches = batches
+    return found
+
+
+def test_a_run_learns_from_windows_of_both_tasks_in_their_own_units(whole):
+    """Four of each; returns of -1,000 and of -20 are shares; actions within [-1, 1]."""
+    together = {key: torch.stack([batch[key] for batch in whole.batches]) for key in whole.batches[0]}
+    assert together["observations"].shape == (40, 8, 2 + 4, 3)
+    assert not together["entries"][:, :, :2].any()
+    assert not together["entries"][:, :4, :, 1].any()
+    assert not together["observations"][:, 4:, :, 2].any()
+    assert together["observations"][:, :4, :, 2].any()
+    assert together["entries"].sum((2, 3)).amax(0).tolist() == [4] * 4 + [8] * 4
+    for rows in (slice(4), slice(4, 8)):
+        assert -1 <= together["returns_to_go"][:, rows].min() < -0.5
+        assert 0.9 < together["actions"][:, rows].abs().max() <= 1
+        assert 0.5 < together["observations"][:, rows].std() < 1.5
+    shown = together["returns_to_go"][:, :, :2].flatten(0, 1)
+    assert len(shown[:, 0].unique()) > 200  # prompts from anywhere
 
 
 def test_a_run_is_scored_by_the_mean_of_its_tasks_each_on_its_own_scale(pendulum, plane, whole):
@@ -613,7 +639,40 @@ def test_a_loss_that_turns_nan(pendulum, plane, tmp_path, monkeypatch, capsys):
     assert torch.load(checkpoint)["updates"] == 20
 
 
-# ------------------------------------------- the form, and a GPU ------------------------------------------
+# --------------------------------------- the page, the config, a GPU --------------------------------------
+
+
+def test_the_page_puts_tasks_beside_dt_alone(pendulum, plane, whole, tmp_path, monkeypatch, capsys):
+    """Its command, on the run of these tests and a score of dt's on one of the two tasks."""
+    page = (ROOT / "docs/multitask.md").read_text()
+    lines = page.partition("<<'END'\n")[2].partition("    END\n")[0].splitlines()
+    shutil.copytree(whole.place, tmp_path / "results/runs/context/multitask/run")
+    (tmp_path / "results/scores").mkdir()
+    rows = [{"dataset": pendulum, "variant": "default", "seed": 1, "phase": "final", "score": 12.5}]
+    pd.DataFrame(rows).to_csv(tmp_path / "results/scores/dt.csv")
+    monkeypatch.chdir(tmp_path)
+    Path("command.py").write_text("\n".join(line[4:] for line in lines))
+    runpy.run_path("command.py")
+    table = pd.read_csv("results/multitask.csv").set_index(["dataset", "learner"])["score"].to_dict()
+    assert table == pytest.approx({
+        (pendulum, "dt alone"): 12.5,
+        (pendulum, "together, default"): whole.info[f"{pendulum}/score"],
+        (plane, "together, default"): whole.info[f"{plane}/score"],
+    })
+    assert "12.5" in capsys.readouterr().out
+
+
+def test_the_page_counts_the_weights_that_there_are():
+    def count(learner) -> int:
+        return sum(weight.numel() for weight in learner.actor.parameters())
+
+    sizes = [(11, 3), (17, 6), (17, 6), (4, 2)]  # of hopper, halfcheetah, walker2d and the maze
+    config = multitask.Config(dataset="a", others=["b", "c", "d"])
+    together = multitask.Multitask(config, [new_task(*each, sizes, 5, 0) for each in sizes])
+    alone = [count(dt.DT(dt.Config(), identity(*each))) for each in sizes]
+    counts = " + ".join(f"{each:,}" for each in alone)
+    row = f"| weights | {count(together):,} | {counts} = {sum(alone):,} |"
+    assert row in (ROOT / "docs/multitask.md").read_text()
 
 
 def test_the_config_takes_as_many_windows_in_an_update_as_dt():
