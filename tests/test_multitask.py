@@ -484,8 +484,10 @@ def test_a_run_learns_from_windows_of_both_tasks_in_their_own_units(whole):
         assert -1 <= together["returns_to_go"][:, rows].min() < -0.5
         assert 0.9 < together["actions"][:, rows].abs().max() <= 1
         assert 0.5 < together["observations"][:, rows].std() < 1.5
-    shown = together["returns_to_go"][:, :, :2].flatten(0, 1)
-    assert len(shown[:, 0].unique()) > 200  # prompts from anywhere
+    prompts, windows = together["observations"].split((2, 4), 2)
+    assert len(prompts[:, :, 0].flatten(0, 1).unique(dim=0)) > 200  # from anywhere
+    alike = (prompts == windows[:, :, :2]).all(3).all(2)  # [updates, rows]
+    assert alike.float().mean() < 0.1  # a prompt does not show what is asked for
 
 
 def test_a_run_is_scored_by_the_mean_of_its_tasks_each_on_its_own_scale(pendulum, plane, whole):
