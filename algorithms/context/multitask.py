@@ -13,7 +13,7 @@ steps of the task stand before every window as its prompt. All weights are share
 Differences from the paper: an observation or an action is one token, a linear map of its numbers, and the
 loss is a squared error; the paper has a token of 1,024 bins for each number, and a cross entropy. Returns
 steer, as in DT; the paper leaves out bad episodes. Every window has a prompt, from anywhere in its task's
-data, not one window in four. Tasks have equal shares.
+data, not one window in four. Tasks have equal shares, where the paper weights its data by hand.
 
   python algorithms/context/multitask.py --config_path \
       configs/context/multitask/reef/hopper/medium-expert-v1.yaml
@@ -63,6 +63,7 @@ Positive = NewType("Positive", float)  # at least a millionth
 Share = NewType("Share", float)  # from 0 to 1
 Precision = NewType("Precision", str)
 WandbMode = NewType("WandbMode", str)
+
 
 @dataclasses.dataclass
 class Config:
@@ -123,14 +124,13 @@ class Multitask:
             self.actor.parameters(), config.actor_lr, weight_decay=config.weight_decay, fused=True)
         self.actor_schedule = torch.optim.lr_scheduler.LambdaLR(
             self.actor_optimizer, lambda update: min((update + 1) / config.warmup_updates, 1))
-        self.playing = 0  # number of the task that `act` plays
+        self.playing = 0  # number of the task that `act` plays, and whose target it asks for
         self.history = collections.deque(maxlen=config.context)  # of an episode's steps, for `act`
 
     def actor_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        errors = (self.actor(batch) - batch["actions"]).square()  # (2), (3) [B, L, act_dim]
-        errors, entries = (errors * batch["entries"]).flatten(1), batch["entries"].flatten(1)
-        shape = len(self.tasks), -1  # all windows of a task in a row
-        losses = errors.view(shape).sum(1) / entries.view(shape).sum(1)  # [tasks]
+        errors = (self.actor(batch) - batch["actions"]).square() * batch["entries"]  # (2), (3)
+        by_task = len(self.tasks), -1  # a row a task
+        losses = errors.view(by_task).sum(1) / batch["entries"].view(by_task).sum(1)  # [tasks]
         loss = losses.mean()  # (4)
         metrics = {f"actor/{name}/loss": each for name, each in zip(self.names, losses.detach())}
         return loss, metrics | {"actor/loss": loss.detach()}
