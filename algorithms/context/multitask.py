@@ -1,0 +1,1059 @@
+"""Multitask: one causal transformer for several environments (Gato: Reed et al., 2022, arXiv:2205.06175).
+
+A Decision Transformer (dt.py) that learns several datasets at once, each of its own environment: a task.
+Observations and actions are padded to the widest task's, all numbers are scaled by the task's own, and a few
+steps of the task stand before every window as its prompt. All weights are shared by all tasks.
+
+  (1)  R_t = (r_t + r_{t+1} + ... to the episode's end) / u     u: the task's largest such sum, without sign
+  (2)  x = prompt, R_1, s_1, a_1, R_2, s_2, a_2, ...            P steps as a prompt, then K steps
+  (3)  p_t = tanh(W h(s_t))                                     h: the transformer's outputs
+  (4)  L = mean over tasks of mean (p_t - a_t)^2                over a task's real steps and action entries
+  (5)  R_1 = target, R_{t+1} = R_t - r_t / u                    acting; prompt: the best episode's first steps
+
+Differences from the paper: an observation or an action is one token, a linear map of its numbers, and the
+loss is a squared error; the paper has a token of 1,024 bins for each number, and a cross entropy. Returns
+steer, as in DT; the paper leaves out bad episodes. Every window has a prompt, from anywhere in its task's
+data, not one window in four. Tasks have equal shares, where the paper weights its data by hand.
+
+  python algorithms/context/multitask.py --config_path \
+      configs/context/multitask/reef/hopper/medium-expert-v1.yaml
+"""
+
+import collections
+import contextlib
+import copy
+import dataclasses
+import difflib
+import hashlib
+import importlib.metadata
+import inspect
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import NewType, Optional
+from unittest import mock
+
+import filelock
+import gymnasium as gym
+import huggingface_hub
+import minari
+import numpy as np
+import pandas as pd
+import psutil
+import pyrallis
+import torch
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+
+Count = NewType("Count", int)  # at least 1
+Size = NewType("Size", float)  # at least 0
+Positive = NewType("Positive", float)  # at least a millionth
+Share = NewType("Share", float)  # from 0 to 1
+Precision = NewType("Precision", str)
+WandbMode = NewType("WandbMode", str)
+
+
+@dataclasses.dataclass
+class Config:
+    """Multitask. Write `null` for none and true or false for a switch."""
+
+    dataset: str = "reef/hopper/medium-expert-v1"  # Minari id of the first task, which names the run
+    others: Optional[list[str]] = None  # Minari ids of further tasks: "[one, another]"
+    seed: int = 0  # of networks, batches, noise and evaluations
+    variant: str = "default"  # names these settings in the run's folder and in the tables
+    updates: Count = 100_000  # gradient updates
+    batch_size: Count = 16  # windows of each task in an update
+    context: Count = 20  # K of (2): steps in a window, and the steps that the policy remembers
+    prompt_steps: int = 5  # P of (2): steps of the task before them; 0: no prompt
+    actor_lr: Size = 1e-4  # AdamW's step size once it is warm
+    warmup_updates: Count = 10_000  # updates over which the step size rises from 0, along a line
+    weight_decay: Size = 1e-4  # AdamW's
+    gradient_norm: Size = 0.25  # longer gradients are cut to this length
+    dropout: Share = 0.1  # of embeddings, attention and residual branches, in training
+    hidden_dim: Count = 128  # size of a token
+    hidden_layers: Count = 3  # blocks of the transformer, one attention head each
+    timesteps: Count = 1000  # steps of an episode, behind its prompt, with an embedding of their own
+    return_scale: Positive = 0.25  # the network sees the returns-to-go of (1), at most 1, divided by it
+    target_quantile: Share = 1.0  # of a task's returns in the data, to ask for: 1 is the best
+    normalize_states: bool = True  # standardise observations by their dataset's mean and deviation
+    eval_every: Count = 5000  # updates between evaluations
+    eval_episodes: Count = 10  # episodes of each task in an evaluation along the way
+    final_eval_episodes: Count = 100  # episodes of each task in the evaluation that is the score
+    log_every: Count = 1000  # updates between rows of metrics.csv
+    checkpoint_every: Count = 10_000  # updates between checkpoints
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    threads: int = 0  # CPU threads; 0: torch's choice
+    compile: bool = True  # compile the losses
+    precision: Precision = "highest"  # of float32 matrix products
+    wandb_mode: WandbMode = "offline"  # mirror of the CSV files
+    wandb_project: str = "reef"  # wandb project
+    output_dir: str = "results/runs"  # where run folders go
+
+
+# ------------------------------------------- Multitask -------------------------------------------
+
+
+class Multitask:
+    """Tasks, transformer, optimiser and history, and the update that trains it on windows of all tasks.
+
+    A window is a dict of returns_to_go [B, L], observations [B, L, obs_dim], actions [B, L, act_dim],
+    timesteps [B, L] and, in training, entries [B, L, act_dim]: 1 where the loss looks, 0 in the prompt,
+    beyond the episode's end and beyond the task's own actions. L = P + K; the dimensions are the widest
+    task's. A batch has equally many windows of every task, one task after the other.
+    """
+
+    def __init__(self, config: Config, tasks: list["Task"]):
+        self.config, self.tasks, self.updates = config, nn.ModuleList(tasks), 0
+        self.names = [config.dataset, *(config.others or [])]
+        self.obs_dim = max(task.scaler.obs_dim for task in tasks)
+        self.act_dim = max(task.scaler.act_dim for task in tasks)
+        self.actor = DecisionTransformer(config, self.obs_dim, self.act_dim).to(tasks[0].unit.device)
+        self.actor_optimizer = torch.optim.AdamW(
+            self.actor.parameters(), config.actor_lr, weight_decay=config.weight_decay, fused=True)
+        self.actor_schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.actor_optimizer, lambda update: min((update + 1) / config.warmup_updates, 1))
+        self.playing = 0  # number of the task that `act` plays, and whose target it asks for
+        self.history = collections.deque(maxlen=config.context)  # of an episode's steps, for `act`
+
+    def actor_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        errors = (self.actor(batch) - batch["actions"]).square() * batch["entries"]  # (2), (3)
+        by_task = len(self.tasks), -1  # a row a task
+        losses = errors.view(by_task).sum(1) / batch["entries"].view(by_task).sum(1)  # [tasks]
+        loss = losses.mean()  # (4)
+        metrics = {f"actor/{name}/loss": each for name, each in zip(self.names, losses.detach())}
+        return loss, metrics | {"actor/loss": loss.detach()}
+
+    def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.updates += 1
+        metrics = self.learn(batch)
+        self.actor_schedule.step()
+        return metrics
+
+    def learn(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every step of an update; on a GPU one CUDA graph: what `updates` decides comes as an argument."""
+        loss, metrics = self.actor_loss(batch)
+        self.actor_optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.actor.parameters(), self.config.gradient_norm)
+        self.actor_optimizer.step()
+        return metrics | {"actor/gradient_norm": norm}
+
+    def play(self, name: str) -> "Multitask":
+        """From now on `act` plays the task of this dataset, and an episode of it begins."""
+        if name not in self.names:
+            raise UserError(f"there is no task {name}: take {' or '.join(self.names)}")
+        self.playing = self.names.index(name)
+        self.history.clear()
+        return self
+
+    @torch.inference_mode()
+    def act(self, observations, rewards) -> np.ndarray:
+        """Raw observations [..., the task's], or Dicts -> actions [..., the task's] in environment units.
+
+        `rewards` [...] are the last step's; with None an episode begins, and the one before is forgotten.
+        """
+        task = self.tasks[self.playing]
+        observations = widen(task.scaler.scale_observations(observations), self.obs_dim)
+        shape = observations.shape[:-1]
+        step = {"observations": observations, "timesteps": observations.new_zeros(shape)}
+        step["actions"] = observations.new_zeros(*shape, self.act_dim)  # unknown, and not looked at
+        step["returns_to_go"] = task.target.expand(shape)
+        if rewards is None:
+            self.history.clear()
+        else:
+            rewards = torch.as_tensor(rewards).to(observations)
+            step["returns_to_go"] = self.history[-1]["returns_to_go"] - rewards / task.unit  # (5)
+            step["timesteps"] = self.history[-1]["timesteps"] + 1
+        self.history.append(step)
+        window = {key: torch.stack([past[key] for past in self.history], len(shape)) for key in step}
+        self.actor.eval()  # without dropout
+        actions = self.actor(behind(task.prompt(shape), window))[..., -1, : task.scaler.act_dim]
+        self.actor.train()
+        step["actions"] = widen(actions, self.act_dim)
+        return task.scaler.unscale_actions(actions)
+
+
+# -------------------------------------------- Networks --------------------------------------------
+
+
+class Block(nn.Module):
+    """Causal attention with one head, then an MLP, both added to their input [..., L, dim]."""
+
+    def __init__(self, dim: int, dropout: float):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
+        self.dropout, self.kept = nn.Dropout(dropout), slice(None)  # kept: which of the L tokens come out
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm1(x)).unsqueeze(-3).chunk(3, -1)  # three of [..., 1 head, L, dim]
+        dropout = self.dropout.p if self.training else 0.0
+        mixed = nn.functional.scaled_dot_product_attention(*qkv, dropout_p=dropout, is_causal=True)
+        x = x[..., self.kept, :] + self.dropout(self.out(mixed.squeeze(-3)[..., self.kept, :]))
+        return x + self.dropout(self.mlp(self.norm2(x).flatten(0, -2)).view_as(x))  # flat: faster compiled
+
+
+class DecisionTransformer(nn.Module):
+    """Window -> actions [..., K, act_dim] in [-1, 1], each from its step's observation and the past."""
+
+    def __init__(self, config: Config, obs_dim: int, act_dim: int):
+        super().__init__()
+        dim, self.return_scale = config.hidden_dim, config.return_scale
+        self.register_buffer("target", torch.zeros(()))  # return to ask for
+        self.embed_return, self.embed_timestep = nn.Linear(1, dim), nn.Embedding(config.timesteps, dim)
+        self.embed_observation, self.embed_action = nn.Linear(obs_dim, dim), nn.Linear(act_dim, dim)
+        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(config.dropout)
+        blocks = [Block(dim, config.dropout) for _ in range(config.hidden_layers)]
+        blocks[-1].kept = slice(1, None, 3)  # the observations' alone: actions are read from them
+        self.blocks, self.head = nn.Sequential(*blocks, nn.LayerNorm(dim)), nn.Linear(dim, act_dim)
+        # as GPT-2's; embeddings and head are as torch makes them, which is what the paper's code does
+        for layer in (part for part in self.blocks.modules() if isinstance(part, nn.Linear)):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, window: dict[str, Tensor]) -> Tensor:
+        timesteps = window["timesteps"].long().clamp(max=self.embed_timestep.num_embeddings - 1)
+        returns_to_go = self.embed_return(window["returns_to_go"].unsqueeze(-1) / self.return_scale)
+        observations = self.embed_observation(window["observations"])
+        steps = returns_to_go, observations, self.embed_action(window["actions"])
+        tokens = torch.stack(steps, -2) + self.embed_timestep(timesteps).unsqueeze(-2)  # [..., K, 3, dim]
+        tokens = self.dropout(self.norm(tokens.flatten(-3, -2)))  # [..., 3 K, dim]
+        return torch.tanh(self.head(self.blocks(tokens)))
+
+# ------------------------------------ From the datasets to the score ------------------------------------
+
+
+def train(config: Config) -> None:
+    """All that this script does, in order; what the run's folder already holds is not done again."""
+    run = Run(config, config.dataset)
+    if run.info.get("status") == "finished":
+        print(f"{run.folder} is finished: {run.info['result']}")
+        return
+
+    device = set_up_torch(config)
+    datasets = [load_dataset(name) for name in (config.dataset, *(config.others or []))]
+    worlds = make_worlds(datasets)
+    scalers, parts, hashes = [], [], []
+    for dataset, environments in zip(datasets, worlds):
+        check_memory(dataset, device)
+        episodes, dataset_hash = read_episodes(dataset)
+        space = environments.single_action_space
+        scalers.append(fit_scaler(episodes, space, config.normalize_states).to(device))
+        parts.append(steps(episodes, scalers[-1]))
+        hashes.append(dataset_hash)
+    parts = same_width(parts)
+    tasks = [fit_task(part, scaler, config) for part, scaler in zip(parts, scalers)]
+    data = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}  # task after task [N, ...]
+    known = [dataset.storage.metadata for dataset in datasets]
+    references = [(each.get("ref_min_score"), each.get("ref_max_score")) for each in known]
+
+    learner = Multitask(config, tasks)
+    compiled = config.compile and compile_methods(learner, "actor_loss")
+    with run.start(learner, dataset_hash=" ".join(hashes), compiled=compiled, **provenance(device)):
+        draws = draw_starts(parts, config, learner.updates)
+        numbers = range(learner.updates + 1, config.updates + 1)
+        for update in tqdm(numbers, initial=learner.updates, total=config.updates, disable=None):
+            starts, shown = next(draws)
+            prompts = windows(data, shown, config.prompt_steps)
+            metrics = learner.update(behind(prompts, windows(data, starts, config.context)))
+            if run.is_due(update, config.log_every):
+                run.log(update, metrics)
+            if run.is_due(update, config.eval_every):
+                play_all(run, learner, worlds, references, "training")
+            run.save_when_due(learner)
+        play_all(run, learner, worlds, references, "final")
+        run.finish()
+
+
+def load(folder: str, task: str | None = None, device: str = "cpu") -> Multitask:
+    """A run's policy of the task of dataset `task`, else of the first: `.act(observation, last reward)`."""
+    config = parse_config([f"--config_path={folder}/config.yaml"])
+    checkpoint = read_saved(Path(folder, "checkpoint.pt"))
+    known = {}  # of each task, what it consists of
+    for key, value in checkpoint["state"]["tasks"].items():
+        number, *_, name = key.split(".")
+        known.setdefault(number, {})[name] = value
+    learner = Multitask(config, [Task(**values).to(device) for values in known.values()])
+    restore(learner, checkpoint)
+    return learner.play(config.dataset if task is None else task)
+
+
+class Task(nn.Module):
+    """What is a task's own: scaler, u of (1), the return to ask for and a prompt to act behind, [P, ...]."""
+
+    def __init__(self, mean, std, low, high, unit, target, returns_to_go, observations, actions):
+        super().__init__()
+        self.scaler = Scaler(mean, std, low, high)
+        prompt = {"returns_to_go": returns_to_go, "observations": observations, "actions": actions}
+        for name, value in {"unit": unit, "target": target, **prompt}.items():
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
+
+    def prompt(self, shape: tuple) -> dict[str, Tensor]:
+        """Its prompt for each of a batch: [*shape, P, ...]."""
+        columns = {key: getattr(self, key) for key in ("returns_to_go", "observations", "actions")}
+        return {key: column.expand(*shape, *column.shape) for key, column in columns.items()}
+
+
+def fit_task(data: dict[str, Tensor], scaler: "Scaler", config: Config) -> Task:
+    """The task of these steps; their returns-to-go become shares of the largest."""
+    unit = data["returns_to_go"].abs().max().clamp(min=1e-6)
+    data["returns_to_go"] /= unit  # (1)
+    firsts = (data["timesteps"] == 0).nonzero()[:, 0]
+    returns = data["returns_to_go"][firsts]
+    best = windows(data, firsts[returns.argmax()][None], config.prompt_steps)
+    prompt = {key: best[key][0] for key in ("returns_to_go", "observations", "actions")}
+    target = returns.quantile(config.target_quantile)
+    return Task(**dict(scaler.named_buffers()), unit=unit, target=target, **prompt)
+
+
+def same_width(parts: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Every task's steps, as wide as the widest's, with `entries`: 1 for each of the task's own actions."""
+    obs_dim = max(part["observations"].shape[1] for part in parts)
+    act_dim = max(part["actions"].shape[1] for part in parts)
+    for part in parts:
+        part["entries"] = widen(torch.ones_like(part["actions"]), act_dim)
+        part["actions"] = widen(part["actions"], act_dim)
+        part["observations"] = widen(part["observations"], obs_dim)
+    return parts
+
+
+def widen(column: Tensor, width: int) -> Tensor:
+    """Zeros behind the last axis, up to `width`."""
+    return nn.functional.pad(column, (0, width - column.shape[-1]))
+
+
+def draw_starts(parts: list[dict[str, Tensor]], config: Config, update: int) -> Iterator[Tensor]:
+    """[2, B]: rows at which windows begin and rows at which prompts do, any of a task, tasks in turn."""
+    draws, first = [], 0
+    for number, part in enumerate(parts):
+        rows = {"rows": first + torch.arange(len(part["timesteps"]), device=part["timesteps"].device)}
+        seed = (config.seed, number)  # else tasks with equally many steps would have the same rows drawn
+        draws.append(draw_batches(rows, 2 * config.batch_size, seed, update))
+        first += len(part["timesteps"])
+    while True:
+        yield torch.cat([next(draw)["rows"].view(2, -1) for draw in draws], 1)
+
+
+def behind(prompt: dict[str, Tensor], window: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The steps of a prompt, then those of a window: [..., P + K, ...], counted from the prompt's first."""
+    length, axis = prompt["returns_to_go"].shape[-1], window["timesteps"].ndim - 1
+    places = torch.arange(length, device=window["timesteps"].device)
+    counted = {"timesteps": places.expand_as(prompt["returns_to_go"])}
+    ignored = {"entries": torch.zeros_like(prompt["actions"])}  # by the loss
+    prompt = prompt | counted | ignored
+    window = window | {"timesteps": window["timesteps"] + length}
+    return {key: torch.cat([prompt[key], window[key]], axis) for key in window if key != "real"}
+
+
+def make_worlds(datasets: list[minari.MinariDataset]) -> list[gym.vector.VectorEnv]:
+    """The environments of each task, of which no two may be the same."""
+    worlds = {}
+    for dataset in datasets:
+        environments = make_environments(dataset, None)
+        if environments is None:
+            raise UserError(f"{dataset.id} names no environment, and a task needs one: leave it out")
+        name = environments.spec.id
+        if name in worlds:
+            raise UserError(f"{dataset.id} is a second set of {name}: take one of each environment")
+        worlds[name] = LastRewards(environments)
+    return [*worlds.values()]
+
+
+def play_all(run: "Run", learner: Multitask, worlds: list, references: list, phase: str) -> None:
+    """An evaluation of every task in its own environments; the run's result is the mean over tasks."""
+    final, update = phase == "final", learner.updates
+    episodes = run.config.final_eval_episodes if final else run.config.eval_episodes
+    results = {}
+    for name, environments, known in zip(learner.names, worlds, references):
+        learner.play(name)
+        act = lambda observations, world=environments: learner.act(observations, world.rewards)  # noqa: E731
+        table = evaluate(act, environments, episodes, (run.config.seed, update, int(final)))
+        rows = table.reset_index(names="episode").assign(update=update, phase=phase, task=name)
+        run.evaluations += rows[["update", "phase", "task", "episode", *table]].to_dict("records")
+        results[name] = result(table, *known)
+        shown = ", ".join(f"{key} {value:.2f}" for key, value in results[name].items())
+        tqdm.write(f"update {update:,}, {phase} evaluation, {name}: {shown}")
+    named = pd.DataFrame(results).mean(axis=1, skipna=False).to_dict()  # nan where one of them is
+    for name, found in results.items():
+        named |= {f"{name}/{key}": value for key, value in found.items()}
+    known = {key: float(value) for key, value in named.items() if not math.isnan(value)}
+    if final:
+        run.info |= dict.fromkeys(named) | known  # null where unknown
+        run.write_tables()
+        run.mirror({"update": update, **{f"final/{key}": value for key, value in known.items()}})
+    else:
+        run.log(update, {f"eval/{key}": value for key, value in known.items()})
+
+
+def result(table: pd.DataFrame, low: float | None, high: float | None) -> dict[str, float]:
+    """What a task's episodes come to, by the returns that score 0 and 100; nan where unknown."""
+    mean, std = table.mean(), table["return"].std(ddof=0)
+    score = math.nan if None in (low, high) else 100 * (mean["return"] - low) / (high - low)
+    found = {"score": score, "return_mean": mean["return"], "return_std": std}
+    return found | {"length_mean": mean["length"], "success": mean["success"]}
+
+
+def steps(episodes: list, scaler: "Scaler") -> dict[str, Tensor]:
+    """All steps in the learner's units, each with its return-to-go and its number in the episode."""
+    to_go = [np.cumsum(episode["rewards"][::-1], dtype=np.float64)[::-1] for episode in episodes]  # (1)
+    numbers = [np.arange(len(episode["rewards"])) for episode in episodes]
+    data = transitions(episodes, scaler)
+    return {
+        "returns_to_go": torch.as_tensor(np.concatenate(to_go), dtype=torch.float32).to(scaler.mean.device),
+        "observations": data["observations"],
+        "actions": data["actions"],
+        "timesteps": torch.as_tensor(np.concatenate(numbers), dtype=torch.float32).to(scaler.mean.device),
+    }
+
+
+def windows(data: dict[str, Tensor], starts: Tensor, context: int) -> dict[str, Tensor]:
+    """The windows [B, K, ...] that begin at the rows `starts` [B], zero beyond the episode's end."""
+    offsets = torch.arange(context, device=starts.device)
+    rows = (starts[:, None] + offsets).clamp(max=len(data["timesteps"]) - 1)  # [B, K]
+    # the next episode counts from 0 again: its steps are never as far on as their rows
+    real = data["timesteps"][rows] == data["timesteps"][starts][:, None] + offsets
+    batch = {name: column[rows] for name, column in data.items()}
+    for column in batch.values():
+        column[~real] = 0
+    return batch | {"real": real.float()}
+
+
+class LastRewards(gym.vector.VectorWrapper):
+    """Keeps the rewards of the last step, for policies that have a memory; None where an episode begins."""
+
+    def reset(self, **options):
+        self.rewards = None
+        return super().reset(**options)
+
+    def step(self, actions):
+        result = super().step(actions)
+        self.rewards = result[1].copy()
+        return result
+
+# -------------------- Toolbox: the same in every script that has it, word for word --------------------
+
+
+def set_up_torch(config: Config) -> torch.device:
+    """Seeds torch, sets its threads and precision, and finds the device."""
+    torch.manual_seed(config.seed)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    torch.set_float32_matmul_precision(config.precision)
+    torch.set_flush_denormal(True)  # Adam's moments of idle weights end in denormals: slow to compute with
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    with explain(f"device: cannot use {config.device}", "see --device"):
+        return torch.zeros(1, device=auto if config.device == "auto" else config.device).device
+
+
+class CudaGraph:
+    """`learn` of a learner on a GPU: what its Python launched one by one is launched again at a stroke.
+
+    A graph serves inputs of one shape, one choice of the other arguments and the optimisers of its time,
+    after three eager calls that set up what must exist before. The next call overwrites what one returns.
+    """
+
+    def __init__(self, learner):
+        self.learner, self.learn, self.stream = learner, learner.learn, torch.cuda.Stream()
+        self.calls, self.graphs = {}, {}
+
+    def __call__(self, *inputs) -> dict[str, Tensor]:
+        entries, steppers = [leaf for each in inputs for leaf in leaves(each)], optimizers(self.learner)
+        kind = *steppers, *(entry.shape if isinstance(entry, Tensor) else entry for entry in entries)
+        self.calls[kind] = self.calls.get(kind, 0) + 1
+        if self.calls[kind] <= 3:
+            return self.set_up(steppers, *inputs)
+        if kind not in self.graphs:
+            self.graphs[kind] = self.capture(*inputs)
+        graph, read, result = self.graphs[kind]
+        torch._foreach_copy_(read, [entry for entry in entries if isinstance(entry, Tensor)])
+        graph.replay()
+        return result
+
+    def set_up(self, steppers: list[torch.optim.Optimizer], *inputs) -> dict[str, Tensor]:
+        for group in [group for optimizer in steppers for group in optimizer.param_groups]:
+            device, group["capturable"] = group["params"][0].device, True
+            group["lr"] = torch.as_tensor(group["lr"], device=device)  # schedules write there
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = self.learn(*inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+    def capture(self, *inputs) -> tuple[torch.cuda.CUDAGraph, list[Tensor], dict[str, Tensor]]:
+        """The graph, the tensors that it reads, and those that it writes its result to."""
+        read, graph = copy.deepcopy(inputs), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            result = self.learn(*read)
+        return graph, [leaf for each in read for leaf in leaves(each) if isinstance(leaf, Tensor)], result
+
+
+def optimizers(learner) -> list[torch.optim.Optimizer]:
+    return [part for part in vars(learner).values() if isinstance(part, torch.optim.Optimizer)]
+
+
+def compile_methods(learner, *names: str) -> bool:
+    """Compiles these methods, on a GPU `learn` becomes a CUDA graph; all stays where there is no compiler."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        print("no C++ compiler (g++) here: the losses are not compiled, which is slower", file=sys.stderr)
+        return False
+    for name in names:
+        # eager's random numbers are faster here, and the same as uncompiled
+        method = torch.compile(getattr(learner, name), dynamic=False, options={"fallback_random": True})
+        setattr(learner, name, method)
+    if optimizers(learner)[0].param_groups[0]["params"][0].is_cuda:
+        learner.learn = CudaGraph(learner)
+    return True
+
+
+# ---------------------------------- Data: from episodes to batches ----------------------------------
+
+
+def load_dataset(name: str) -> minari.MinariDataset:
+    """The dataset on this machine, else from the Minari hub; says which."""
+    local, ours = (minari.storage.get_dataset_path(name) / "data").exists(), name.startswith("reef/")
+    advice = f"make it: make dataset ID={name}" if ours else f"see minari list remote, minari download {name}"
+    configs = Path(__file__).resolve().parent / "../../configs"
+    known = {"/".join(file.with_suffix("").parts[-3:]) for file in configs.glob("*/*/*/*/*-v[0-9].yaml")}
+    near = difflib.get_close_matches(name, known - {name}, 2)
+    if local:
+        advice = f"minari delete {name}, then get it anew ({advice})"
+    elif near:
+        advice = f"did you mean {' or '.join(near)}? Else {advice}"
+    with explain(f"cannot load {name}", advice):
+        if not local and not ours:  # ask once: the hub's client would ask for half a minute
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=4)
+        dataset = minari.load_dataset(name, download=not ours)
+        list(dataset.storage.get_episode_metadata(dataset.episode_indices[-1:]))  # is the file whole?
+    source = "on this machine" if local else "from the Minari hub"
+    print(f"{name}, {source}: {dataset.total_episodes:,} episodes, {dataset.total_steps:,} steps")
+    return dataset
+
+
+def read_episodes(dataset: minari.MinariDataset) -> tuple[list[dict[str, np.ndarray]], str]:
+    """The episodes as float32 arrays, each checked, and the hash of all that was recorded.
+
+    An episode of T steps has observations [T + 1, obs_dim], actions [T, act_dim], rewards and terminations
+    [T]. A truncation is no termination.
+    """
+    shapes = {"observations": vector_shapes(dataset.observation_space)}
+    shapes |= {"actions": vector_shapes(dataset.action_space), "rewards": [()], "terminations": [()]}
+    episodes, digest = [], hashlib.sha256()
+    for recorded in dataset.iterate_episodes():
+        where, steps = f"{dataset.id}, episode {recorded.id}", len(recorded.rewards)
+        for field in (*shapes, "truncations"):
+            length = steps + 1 if field == "observations" else steps
+            for array, shape in zip(leaves(getattr(recorded, field)), shapes.get(field, [()]), strict=True):
+                if steps == 0 or array.shape != (length, *shape):
+                    raise UserError(f"{where} is malformed: {steps} steps, {field} of shape {array.shape}")
+                if not np.isfinite(array.astype(np.float32)).all():
+                    raise UserError(f"{where}: {field} are not all finite")
+                digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+        episodes.append({field: flatten(getattr(recorded, field)) for field in shapes})
+    steps = sum(len(episode["rewards"]) for episode in episodes)
+    if steps == 0 or steps != dataset.total_steps:
+        raise UserError(f"{dataset.id} lacks steps: {steps:,} of {dataset.total_steps:,}; get it anew")
+    return episodes, digest.hexdigest()
+
+
+def check_memory(dataset: minari.MinariDataset, device: torch.device) -> None:
+    """An error where three copies in float32 do not fit: episodes, transitions, one on the way."""
+    spaces = dataset.observation_space, dataset.observation_space, dataset.action_space
+    needed = 12 * dataset.total_steps * (sum(map(gym.spaces.flatdim, spaces)) + 2)
+    free, limit = psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.max")  # a container's
+    if limit.exists() and limit.read_text() != "max\n":
+        usage = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+        free = min(free, int(limit.read_text()) - int(usage["anon"]))
+    if device.type == "cuda":
+        free = min(free, torch.cuda.mem_get_info(device)[0])
+    if needed > free:
+        raise UserError(f"{dataset.id} needs {needed / 1e9:,.1f} GB of memory; {free / 1e9:,.1f} GB are free")
+
+
+def leaves(tree) -> list:
+    """The entries of a Dict in the order of its sorted keys, however deep; anything else is its own leaf."""
+    if isinstance(tree, Mapping):
+        return [leaf for key in sorted(tree) for leaf in leaves(tree[key])]
+    return [tree]
+
+
+def flatten(tree) -> np.ndarray:
+    """An array as float32; the leaves of a Dict side by side: [..., obs_dim]."""
+    return np.concatenate([np.asarray(leaf, np.float32) for leaf in leaves(tree)], axis=-1)
+
+
+def vector_shapes(space: gym.Space) -> list[tuple]:
+    """Shapes of the vectors that an element of `space` consists of."""
+    for leaf in leaves(space):
+        if not isinstance(leaf, gym.spaces.Box) or len(leaf.shape) != 1:
+            raise UserError(f"this script is not for {leaf}: it takes vectors (Box)")
+    return [leaf.shape for leaf in leaves(space)]
+
+
+class Scaler(nn.Module):
+    """From the environment's units to the learner's: observations standardised, actions in [-1, 1]."""
+
+    def __init__(self, mean, std, low, high):
+        super().__init__()
+        self.obs_dim, self.act_dim = len(mean), len(low)
+        for name, value in {"mean": mean, "std": std, "low": low, "high": high}.items():
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float32))
+
+    def scale_observations(self, observations) -> Tensor:
+        raw = flatten(observations)
+        if raw.shape[-1:] != self.mean.shape or not np.isfinite(raw).all():
+            raise UserError(f"observations {raw.shape}: not all are finite numbers [..., {self.obs_dim}]")
+        return (torch.as_tensor(raw, device=self.mean.device) - self.mean) / self.std
+
+    def scale_actions(self, actions) -> Tensor:
+        actions = torch.as_tensor(actions, device=self.low.device)
+        return 2 * (actions - self.low) / (self.high - self.low).clamp(min=1e-6) - 1
+
+    def unscale_actions(self, actions: Tensor) -> np.ndarray:
+        return (self.low + (actions + 1) / 2 * (self.high - self.low)).cpu().numpy()
+
+
+def fit_scaler(episodes: list, space: gym.spaces.Box, normalize_states: bool) -> Scaler:
+    """Actions by the bounds of their space, else by the data's extremes; states by mean and deviation."""
+    if not isinstance(space, gym.spaces.Box):
+        raise UserError(f"this script is not for {space}: it takes vectors (Box)")
+    observations = np.concatenate([episode["observations"][:-1] for episode in episodes])
+    actions = np.concatenate([episode["actions"] for episode in episodes])
+    low = np.where(np.isfinite(space.low), space.low, actions.min(0)).astype(np.float32)
+    high = np.where(np.isfinite(space.high), space.high, actions.max(0)).astype(np.float32)
+    print(f"{((actions < low) | (actions > high)).mean():.2%} of the action entries are clipped to bounds")
+    mean, std = np.zeros(observations.shape[1]), np.ones(observations.shape[1])
+    if normalize_states:
+        mean, std = observations.mean(0, np.float64), observations.std(0, np.float64) + 1e-3
+    return Scaler(mean, std, low, high)
+
+
+def transitions(episodes: list, scaler: Scaler) -> dict[str, Tensor]:
+    """All N steps in the learner's units, on the scaler's device; none leads from one episode to another."""
+    steps = {name: np.concatenate([episode[name] for episode in episodes]) for name in episodes[0]}
+    before = np.concatenate([episode["observations"][:-1] for episode in episodes])
+    after = np.concatenate([episode["observations"][1:] for episode in episodes])
+    return {
+        "observations": scaler.scale_observations(before),  # [N, obs_dim]
+        "actions": scaler.scale_actions(steps["actions"]).clamp(-1, 1),  # [N, act_dim]
+        "rewards": torch.as_tensor(steps["rewards"], device=scaler.mean.device),  # [N]
+        "next_observations": scaler.scale_observations(after),  # [N, obs_dim]
+        "terminations": torch.as_tensor(steps["terminations"], device=scaler.mean.device),  # [N]
+    }
+
+
+def draw_batches(data: dict[str, Tensor], batch_size: int, seed: int, update: int) -> Iterator[dict]:
+    """Batches `update`, `update` + 1, ...: rows drawn with replacement, by seed and batch number alone."""
+    first = next(iter(data.values()))
+    while True:
+        block, start = divmod(update, 1000)  # the rows of 1000 batches are drawn at a time
+        rows = np.random.default_rng((seed, block)).integers(len(first), size=(1000, batch_size))
+        for batch_rows in torch.as_tensor(rows, device=first.device)[start:]:
+            yield {name: column.index_select(0, batch_rows) for name, column in data.items()}
+        update += 1000 - start
+
+
+# ------------------------------- Evaluation: what the policy earns -------------------------------
+
+
+def make_environments(dataset: minari.MinariDataset, name: str | None) -> gym.vector.VectorEnv | None:
+    """Ten environments side by side: `name`, else the dataset's own, bare if its wrappers fail; or None."""
+    with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
+        gym.register_envs(importlib.import_module("gymnasium_robotics"))  # mazes, hands and kitchen
+    spec = name or dataset._eval_env_spec or dataset.env_spec
+    if spec is None:
+        print("no environment to evaluate in (see --environment)")
+        return None
+    kwargs = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False}
+    make = partial(gym.make_vec, num_envs=10, vectorization_mode="sync", vector_kwargs=kwargs)
+    said = f"evaluated in {name or spec.id}"
+    with (
+        explain(f"cannot make {name or spec.id}", "name one to evaluate in with --environment"),
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch("tempfile.tempdir", folder),  # where mazes leave an XML file each
+    ):
+        try:
+            environments = make(spec)
+        except Exception as error:
+            if name or not spec.additional_wrappers:
+                raise
+            environments = make(dataclasses.replace(spec, additional_wrappers=()))
+            said += f", without its recorded wrappers: {error!r:.100}"
+    print(said)
+    theirs = environments.single_observation_space, environments.single_action_space
+    ours = dataset.observation_space, dataset.action_space
+    ours, theirs = tuple(map(gym.spaces.flatdim, ours)), tuple(map(gym.spaces.flatdim, theirs))
+    if ours != theirs:
+        problem = f"observations and actions are of sizes {ours} in {dataset.id}, {theirs} in the environment"
+        raise UserError(f"{problem}: name one that fits with --environment")
+    return environments
+
+
+def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, seed: tuple) -> pd.DataFrame:
+    """A row an episode: return, length, success (nan if the environment knows none); by `seed` alone.
+
+    Every environment plays one episode a round; one that ends early plays on, uncounted, so that the policy's
+    batch keeps its size, on which the last bits of an action depend.
+    """
+    count, rounds = environments.num_envs, []
+    seeds = np.random.SeedSequence(seed).generate_state(episodes + count).tolist()
+    with torch.random.fork_rng():  # training goes on as if nothing had been evaluated
+        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
+        for first in range(0, episodes, count):
+            observations, _ = environments.reset(seed=seeds[first : first + count])
+            returns, lengths = np.zeros(count), np.zeros(count, int)
+            running, success = np.ones(count, bool), np.full(count, math.nan)
+            while running.any():
+                observations, rewards, terminations, truncations, infos = environments.step(act(observations))
+                ended = terminations | truncations
+                last = infos.get("final_info", {})  # of an episode's last step; `infos` is the next one's
+                reported = np.where(ended, last.get("success", math.nan), infos.get("success", math.nan))
+                success = np.where(running, np.fmax(success, reported), success)  # that of any step
+                returns += running * rewards
+                lengths += running
+                running &= ~ended
+            rounds.append(pd.DataFrame({"return": returns, "length": lengths, "success": success}))
+    return pd.concat(rounds, ignore_index=True)[:episodes]
+
+
+# ------------------------- The run: its folder, its record and its checkpoint -------------------------
+
+
+class Run:
+    """The folder of one run, its lock, record and checkpoint (README: What a run folder holds)."""
+
+    # These do not change the outcome: a run goes on although they differ.
+    FREE = ("device", "threads", "log_every", "checkpoint_every", "wandb_mode", "wandb_project", "output_dir")
+
+    def __init__(self, config: Config, source: str):
+        script = Path(__file__).resolve()
+        self.config, self.group = config, f"{script.stem}/{source}/{config.variant}"
+        if ".." in Path(self.group).parts or "/" in config.variant or config.variant in ("", "."):
+            raise UserError(f"{self.group} would lead out of its folder: mend the variant or the dataset")
+        self.folder = Path(config.output_dir, script.parent.name, self.group, f"seed-{config.seed}")
+        self.lock = filelock.FileLock(self.folder / "lock", timeout=0)
+        self.metrics, self.evaluations = {}, []  # rows of the CSV files, those of metrics by their update
+        self.wandb, self.interrupted = None, False
+        self.info = self.read_info()
+
+    def read_info(self) -> dict:
+        """run.json of earlier starts, if this run may go on from them; empty before the first."""
+        if not (self.folder / "run.json").exists():
+            return {}
+        info, new = read_saved(self.folder / "run.json"), dataclasses.asdict(self.config)
+        old = info["config"]
+        changed = [name for name in new if name not in self.FREE and old.get(name) != new[name]]
+        if changed:
+            fields = ", ".join(f"{name} {old.get(name)} -> {new[name]}" for name in changed)
+            raise UserError(f"{self.folder} is a run of another config: {fields}; take another --variant")
+        if info["status"] == "diverged":
+            raise Diverged(f"{self.folder} has {info['result']}, under another --variant")
+        return info
+
+    @contextlib.contextmanager
+    def start(self, learner, **facts):
+        """Around the training loop: what was saved is restored first, and how it ended is noted."""
+        try:
+            self.lock.acquire()
+        except filelock.Timeout:
+            raise UserError(f"another process is at work in {self.folder}") from None
+        self.info, seconds = self.read_info(), 0.0
+        if (self.folder / "checkpoint.pt").exists():
+            checkpoint = read_saved(self.folder / "checkpoint.pt")
+            restore(learner, checkpoint)
+            self.metrics, self.evaluations = checkpoint["metrics"], checkpoint["evaluations"]
+            seconds = checkpoint["seconds"]
+            torch.set_rng_state(checkpoint["rng"])
+            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+            print(f"resumed at update {learner.updates:,}")
+            for key in [key for key in facts if self.info.get(key) != facts[key]]:
+                print(f"resumed with {key} {facts[key]}, begun with {self.info.get(key)}: maybe other bits")
+            commits = [*self.info.get("commit", "").split(), facts["commit"]]
+            facts["commit"] = " ".join(dict.fromkeys(commits))  # every one that took part
+        self.saved = self.printed = self.mark = time.perf_counter()
+        self.began, self.marked = self.mark - seconds, learner.updates
+        config = dataclasses.asdict(self.config)
+        identity = json.dumps({name: value for name, value in config.items() if name not in self.FREE})
+        facts["config_hash"] = hashlib.sha256(identity.encode()).hexdigest()
+        self.write("config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+        self.note(status="running", result="not finished", config=config, **facts)
+        self.write_tables()
+        handler = signal.signal(signal.SIGINT, self.interrupt)
+        try:
+            yield
+        except Exception as error:  # after Ctrl-C the status is still running
+            self.note(status="diverged" if isinstance(error, Diverged) else "failed", result=f"{error}"[:300])
+            raise
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            self.lock.release()
+
+    def interrupt(self, *_) -> None:
+        """Ctrl-C: the run ends when the update under way is done and saved; a second one ends it at once."""
+        print("\nends after the update under way, which is saved", flush=True)
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def write(self, name: str, content: bytes) -> None:
+        """All of it or nothing, whenever the process is killed or the disk is full."""
+        new = self.folder / f"{name}.new"
+        try:
+            new.write_bytes(content)
+            new.replace(self.folder / name)
+        except OSError as error:
+            new.unlink(missing_ok=True)
+            raise UserError(f"cannot write {new}: {error.strerror}; mend it and run the same again") from None
+
+    def note(self, **info) -> None:
+        """Writes into run.json what is known of the run."""
+        self.info |= info
+        self.write("run.json", json.dumps(self.info, indent=1).encode())
+
+    def write_tables(self) -> None:
+        """metrics.csv, a row an update, and evaluations.csv, a row an episode."""
+        for name, rows in {"metrics": [*self.metrics.values()], "evaluations": self.evaluations}.items():
+            table = pd.DataFrame(rows, columns=None if rows else ["update"])
+            self.write(f"{name}.csv", table.to_csv(index=False).encode())
+
+    def is_due(self, update: int, every: int) -> bool:
+        return update % every == 0 or update == self.config.updates
+
+    def log(self, update: int, metrics: Mapping[str, Tensor | float]) -> None:
+        """More of this update's row in metrics.csv; where a value is not finite, the run ends."""
+        row = {"update": update, **{name: float(value) for name, value in metrics.items()}}
+        lost = ", ".join(name for name, value in row.items() if not math.isfinite(value))
+        if lost:
+            raise Diverged(f"diverged by update {update}: {lost} not finite; lower a learning rate")
+        now = time.perf_counter()
+        if now - self.printed > 60 and not sys.stderr.isatty():  # there is no progress bar
+            print(f"update {update:,} of {self.config.updates:,}", flush=True)
+            self.printed = now
+        if update > self.marked:  # evaluations do not count
+            row["time/updates_per_second"] = (update - self.marked) / (now - self.mark)
+        row["time/wall_seconds"] = now - self.began
+        self.metrics[update] = self.metrics.get(update, {}) | row
+        self.write_tables()
+        self.mirror(row)
+        self.mark, self.marked = time.perf_counter(), update
+
+    def log_episodes(self, update: int, phase: str, episodes: pd.DataFrame, references: tuple) -> None:
+        """An evaluation; `references` are the returns that score 0 and 100, None where unknown."""
+        table = episodes.reset_index(names="episode").assign(update=update, phase=phase)
+        self.evaluations += table[["update", "phase", "episode", *episodes]].to_dict("records")
+        (low, high), mean = references, episodes.mean().tolist()
+        result = {"score": math.nan, "return_mean": mean[0], "return_std": episodes["return"].std(ddof=0)}
+        if None not in references:
+            result["score"] = 100 * (mean[0] - low) / (high - low)
+        result |= {"length_mean": mean[1], "success": mean[2]}
+        known = {name: float(value) for name, value in result.items() if not math.isnan(value)}
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in known.items())
+        tqdm.write(f"update {update:,}, {phase} evaluation: {shown}")
+        if phase == "final":
+            self.info |= dict.fromkeys(result) | known  # null where unknown
+            self.write_tables()
+            self.mirror({"update": update, **{f"final/{name}": value for name, value in known.items()}})
+        else:
+            self.log(update, {f"eval/{name}": value for name, value in known.items()})
+
+    def mirror(self, row: dict) -> None:
+        """To wandb, which is no record: where it fails, the run goes on without it."""
+        if self.config.wandb_mode == "disabled":
+            return
+        try:
+            import wandb  # takes seconds
+
+            if self.wandb is None:
+                self.note(wandb_id=self.info.get("wandb_id", os.urandom(4).hex()))
+                self.wandb = wandb.init(
+                    project=self.config.wandb_project, group=self.group, name=f"seed-{self.config.seed}",
+                    config=self.info["config"], mode=self.config.wandb_mode, dir=self.folder,
+                    id=self.info["wandb_id"], resume="allow", settings=wandb.Settings(silent=True))
+            self.wandb.log(row, step=row["update"])
+        except Exception as error:
+            print(f"wandb failed, and the run goes on without it: {error!r:.200}", file=sys.stderr)
+            self.config.wandb_mode = "disabled"
+
+    def save_when_due(self, learner) -> None:
+        """A checkpoint every `checkpoint_every` updates, every ten minutes and before Ctrl-C ends the run."""
+        late = time.perf_counter() - self.saved > 600
+        if self.is_due(learner.updates, self.config.checkpoint_every) or late or self.interrupted:
+            self.save(learner)
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def save(self, learner) -> None:
+        """Everything from which the run goes on to the same bits, if it is finite."""
+        parts = {name: part for name, part in vars(learner).items() if hasattr(part, "state_dict")}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        if not all(leaf.isfinite().all() for leaf in leaves(state) if isinstance(leaf, Tensor)):
+            raise Diverged("diverged: weights not finite; lower a learning rate")
+        self.saved = time.perf_counter()
+        rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
+        tables = {"metrics": self.metrics, "evaluations": self.evaluations}
+        checkpoint = {"updates": learner.updates, "state": state, "seconds": self.saved - self.began}
+        buffer = io.BytesIO()
+        torch.save(checkpoint | rng | tables, buffer)
+        self.write("checkpoint.pt", buffer.getvalue())
+
+    def finish(self) -> None:
+        """Notes what the run came to: its final evaluation, if there was one, and the best on the way."""
+        table, result = pd.DataFrame(self.metrics.values()), "not evaluated"
+        if "score" in self.info:
+            kind = "return_mean" if self.info["score"] is None else "score"
+            best = table[f"eval/{kind}"].max()
+            self.info["best_score"] = best if kind == "score" else None
+            result = f"{kind} {self.info[kind]:.1f} (best on the way, chosen with the simulator: {best:.1f})"
+        speed, seconds = table["time/updates_per_second"].median(), time.perf_counter() - self.began
+        self.note(status="finished", result=result, wall_seconds=seconds, updates_per_second=speed)
+        print(f"{self.folder}: {result}")
+
+
+def read_saved(file: Path) -> dict:
+    """run.json or checkpoint.pt of a run; an error where it is damaged."""
+    with explain(f"cannot read {file}", f"remove {file.parent} to start anew"):
+        if file.suffix == ".json":
+            saved, kinds = json.loads(file.read_text()), {"config": dict, "status": str, "result": str}
+        else:
+            damaged = zipfile.ZipFile(file).testzip()  # torch.load does not look at the sums
+            if damaged:
+                raise ValueError(f"{damaged} is damaged")
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            kinds = {"updates": int, "state": dict, "metrics": dict, "evaluations": list, "seconds": float}
+        wrong = [name for name, kind in kinds.items() if not isinstance(saved.get(name), kind)]
+        if wrong:
+            raise ValueError(f"no {' and no '.join(wrong)}")
+    return saved
+
+
+def restore(learner, checkpoint: dict) -> None:
+    """Puts the states of a checkpoint into the parts of `learner` that they are named for."""
+    with explain("the checkpoint does not fit this script", "take the commit that run.json names"):
+        for name, state in checkpoint["state"].items():
+            vars(learner)[name].load_state_dict(state)
+        learner.updates = checkpoint["updates"]
+
+
+def provenance(device: torch.device) -> dict:
+    """Commit (with a + where files differ from it), versions and hardware, as far as they are known here."""
+    here, commit = Path(__file__).resolve().parent, ""
+    if shutil.which("git"):
+        query = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+        commit = subprocess.run(query, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
+    names = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
+    installed = {found.name: found.version for found in importlib.metadata.distributions()}
+    versions = {"python": sys.version.partition(" ")[0]}
+    versions |= {name: installed[name] for name in names if name in installed}
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    hardware = cpuinfo.partition("model name\t: ")[2].partition("\n")[0]
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    hardware = f"{device.type}: {hardware}"
+    return {"commit": commit, "device": hardware, "threads": torch.get_num_threads(), "versions": versions}
+
+
+# ------------------------------ The command line and its errors ------------------------------
+
+
+class UserError(Exception):
+    """What the user can mend: `main` prints it in one line."""
+
+
+class Diverged(UserError):
+    """A loss or weight that is not finite any more."""
+
+
+@contextlib.contextmanager
+def explain(problem: str, advice: str) -> Iterator[None]:
+    """Whatever is raised inside becomes an error of one line: the problem, what was raised, what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{problem}: {error!r:.200}; {advice}") from None
+
+
+def parse_config(arguments: list[str]) -> Config:
+    """Config from the YAML file of `--config_path`, then from `--field value`: pyrallis reads both."""
+    register = pyrallis.decode.register
+    register(int, partial(number, int, 0, 2**32 - 1))
+    register(Count, partial(number, int, 1, math.inf))
+    register(float, partial(number, float, -math.inf, math.inf))
+    register(Size, partial(number, float, 0, math.inf))
+    register(Positive, partial(number, float, 1e-6, math.inf))
+    register(Share, partial(number, float, 0, 1))
+    register(bool, partial(choice, (True, False)))
+    register(Precision, partial(choice, ("highest", "high", "medium")))
+    register(WandbMode, partial(choice, ("offline", "online", "disabled")))
+    register(str, text)
+    register(Config, decode_config)
+    with mock.patch("inspect.getsource", cache(inspect.getsource)):  # pyrallis asks field by field
+        parser = pyrallis.argparsing.ArgumentParser(Config, allow_abbrev=False, exit_on_error=False)
+    try:
+        config, unknown = parser.parse_known_args(arguments)
+        decode_config({word.lstrip("-").partition("=")[0]: None for word in unknown})
+    except UserError:
+        raise
+    except Exception as error:  # argparse, yaml and the disk have no error in common
+        raise UserError(f"cannot read the config, {' '.join(arguments)}: {error}; see --help") from None
+    return config
+
+
+def decode_config(values: dict) -> Config:
+    """A Config of what pyrallis has read; an error that names the field, or the nearest one."""
+    kinds, decoded = {field.name: field.type for field in dataclasses.fields(Config)}, {}
+    for name, value in values.items():
+        if name not in kinds:
+            near = difflib.get_close_matches(str(name), kinds, 1)
+            advice = f"did you mean {near[0]}?" if near else "see --help"
+            raise UserError(f"unknown field {name}: {advice}")
+        try:
+            decoded[name] = pyrallis.decode(kinds[name], value)
+        except Exception as error:
+            raise UserError(f"{name}: {error}") from None
+    return Config(**decoded)
+
+
+def number(kind: type, low: float, high: float, value) -> int | float:
+    """`value` as an int or a float within limits: 1e6 is an int, 2.5 and true are none."""
+    found = math.nan if isinstance(value, bool) else float(value)
+    if not (math.isfinite(found) and low <= found <= high) or found != kind(found):
+        raise ValueError(f"{value!r} is not {kind.__name__} in [{low}, {high}]")
+    return kind(found)
+
+
+def text(value) -> str:
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is not text")
+    return str(value)
+
+
+def choice(choices: tuple, value):
+    if type(value) is not type(choices[0]) or value not in choices:
+        raise ValueError(f"{value!r} is not {' or '.join(map(str, choices))}")
+    return value
+
+
+def main(action: Callable[[Config], None]) -> None:
+    """The command line of `action`: what the user can mend ends in one line on stderr."""
+    try:
+        return action(parse_config(sys.argv[1:]))
+    except (UserError, OSError) as error:
+        message, status = f"{error}", 3 if isinstance(error, Diverged) else 2
+    except KeyboardInterrupt:
+        message, status = "interrupted; the same command goes on from what is saved", 130
+    print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main(train)
