@@ -30,7 +30,7 @@ def test_moves_stay_within_the_room():
 
 
 @pytest.mark.equation(2, 3)
-@pytest.mark.parametrize("goal", [55, 54, 0, 99])
+@pytest.mark.parametrize("goal", [55, 54, 0, 9, 90, 99])
 def test_the_most_that_can_be_earned_is_found_by_search(goal):
     """The best sum of rewards from each cell, step by step backwards, with no thought of distances."""
     value = np.zeros(100)
@@ -38,6 +38,7 @@ def test_the_most_that_can_be_earned_is_found_by_search(goal):
         rewards = (room.next_cells() == goal).astype(float)
         value = (rewards + value[room.next_cells()]).max(1)
     assert room.best_returns()[goal] == value[room.START]
+    assert value[room.START] > 0  # every goal is within reach
 
 
 @pytest.mark.equation(4)
@@ -58,14 +59,32 @@ def test_a_learner_updates_its_table_as_q_learning_does(monkeypatch):
 
 
 @pytest.mark.equation(5)
-def test_the_best_action_is_on_a_shortest_way_and_earns_the_most():
-    for goal in (0, 7, 54, 55, 90):
+@pytest.mark.parametrize("goal", [0, 7, 54, 55, 90])
+def test_best_actions_are_those_on_a_shortest_way(goal):
+    """By breadth-first search backwards from the goal, cell by cell; there is at least one everywhere."""
+    following, steps, reached = room.next_cells(), np.full(100, -1), [goal]
+    steps[goal] = 0
+    for cell in reached:
+        for before in range(100):
+            if cell in following[before] and steps[before] < 0:
+                steps[before] = steps[cell] + 1
+                reached.append(before)
+    best = room.best_actions()[goal]
+    for cell in range(100):
+        wanted = [steps[after] == max(steps[cell] - 1, 0) for after in following[cell]]
+        assert best[cell].tolist() == wanted
+    assert best.any(1).all()
+
+
+@pytest.mark.equation(3, 5)
+def test_any_of_the_best_actions_earns_the_most():
+    rng, best = np.random.default_rng(0), room.best_actions()
+    for goal in range(100):
         cell, earned = room.START, 0
         for _ in range(room.STEPS):
-            cell = room.next_cells()[cell, room.best_actions(np.array(cell), np.array(goal))]
+            cell = room.next_cells()[cell, rng.choice(np.flatnonzero(best[goal, cell]))]
             earned += cell == goal
         assert earned == room.best_returns()[goal]
-    assert room.best_actions(np.array(55), np.array(0)) == 1  # rows first
 
 
 def test_learners_come_to_the_optimum():

@@ -8,7 +8,7 @@ do well.
   (2)  r = 1 if s' is the goal, else 0
   (3)  the most that an episode can earn is min(20, 21 - d), d: steps from the start to the goal
   (4)  Q(s, a) <- Q(s, a) + lr (r + gamma max_a' Q(s', a') - Q(s, a)), from Q = 1: it looks around
-  (5)  the best action leads to the goal's row, then to its column, then stays
+  (5)  an action is best if it leads nearer to the goal, or stays there; often two are
 
 The dataset has the whole life of such learners, from their first episode to the optimum: several of them for
 each of 80 goals. The other 20 goals are in no life: they are there to test on. An episode of the dataset is a
@@ -89,17 +89,20 @@ def next_cells() -> np.ndarray:
 
 def best_returns() -> np.ndarray:
     """The most that an episode can earn, for each goal: [100]."""
+    return np.minimum(STEPS, STEPS + 1 - distances()[START])  # (3)
+
+
+def distances() -> np.ndarray:
+    """Steps from each cell to each goal, [100, 100]."""
     rows, columns = np.divmod(np.arange(SIZE * SIZE), SIZE)
-    distance = abs(rows - START // SIZE) + abs(columns - START % SIZE)
-    return np.minimum(STEPS, STEPS + 1 - distance)  # (3)
+    return abs(rows[:, None] - rows) + abs(columns[:, None] - columns)
 
 
-def best_actions(cells: np.ndarray, goals: np.ndarray) -> np.ndarray:
-    """(5), for cells and goals [...]."""
-    (rows, columns), (goal_rows, goal_columns) = np.divmod(cells, SIZE), np.divmod(goals, SIZE)
-    vertical = np.where(goal_rows < rows, 1, 2)
-    horizontal = np.where(goal_columns < columns, 3, np.where(goal_columns > columns, 4, 0))
-    return np.where(goal_rows != rows, vertical, horizontal)
+def best_actions() -> np.ndarray:
+    """Whether an action is best, [goals, cells, actions]."""
+    now, after = distances(), distances()[next_cells()]  # [cells, goals], [cells, actions, goals]
+    best = (after < now[:, None]) | (after == 0)  # (5)
+    return best.transpose(2, 0, 1)
 
 
 def split_goals() -> tuple[np.ndarray, np.ndarray]:
@@ -187,7 +190,7 @@ def collect_lives(config: Config) -> None:
             "held_out_goals": held_out.tolist(),
             "training_goals": told.tolist(),
             "best_returns": best_returns().tolist(),
-            "best_actions": best_actions(*np.mgrid[:100, :100]).T.tolist(),  # goal by goal, of every cell
+            "best_actions": best_actions().astype(int).tolist(),  # goal by goal, of every cell: 1 for the best
             "source_returns": returns.mean(0).round(4).tolist(),
             "versions": {name: version(name) for name in ("gymnasium", "numpy")},
         },

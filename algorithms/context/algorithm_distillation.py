@@ -72,6 +72,7 @@ class Config:
     updates: Count = 10_000  # gradient updates
     batch_size: Count = 64  # windows in an update
     context: Count = 120  # L of (3) and (4), in steps: several episodes
+    columns: Count = 10  # cells in a row of the room; 1: states are no cells, each is a thing of its own
     stride: Count = 10  # of a life every so manieth episode is kept
     actor_lr: Size = 1e-3  # AdamW's step size once it is warm
     warmup_updates: Count = 500  # updates over which the step size rises from 0, along a line
@@ -175,13 +176,26 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x).flatten(0, -2)).view_as(x))  # flat: faster compiled
 
 
+class Cells(nn.Module):
+    """Numbers of cells [...] -> [..., dim]: what is known of their row, and of their column."""
+
+    def __init__(self, states: int, columns: int, dim: int):
+        super().__init__()
+        self.rows, self.columns = nn.Embedding(-(-states // columns), dim), nn.Embedding(columns, dim)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        width = self.columns.num_embeddings
+        return self.rows(cells // width) + self.columns(cells % width)
+
+
 class LifeTransformer(nn.Module):
     """Windows of lives [B, L] -> logits of the actions [B, L, actions], each from its step and the past."""
 
     def __init__(self, config: Config, states: int, actions: int):
         super().__init__()
         dim, self.none = config.hidden_dim, actions  # none: the action before the first
-        self.embed_state, self.embed_action = nn.Embedding(states, dim), nn.Embedding(actions + 1, dim)
+        self.embed_state = Cells(states, config.columns, dim)
+        self.embed_action = nn.Embedding(actions + 1, dim)
         self.embed_reward, self.embed_place = nn.Linear(1, dim), nn.Embedding(config.context, dim)
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(config.dropout)
         blocks = [Block(dim, config.dropout) for _ in range(config.hidden_layers)]
@@ -240,7 +254,8 @@ def load(folder: str, device: str = "cpu") -> AD:
     config = parse_config([f"--config_path={folder}/config.yaml"])
     checkpoint = read_saved(Path(folder, "checkpoint.pt"))
     weights = checkpoint["state"]["actor"]
-    learner = AD(config, len(weights["embed_state.weight"]), len(weights["head.bias"]), torch.device(device))
+    states = len(weights["embed_state.rows.weight"]) * config.columns
+    learner = AD(config, states, len(weights["head.bias"]), torch.device(device))
     restore(learner, checkpoint)
     return learner
 

@@ -74,6 +74,7 @@ class Config:
     updates: Count = 10_000  # gradient updates
     batch_size: Count = 64  # windows in an update
     context: Count = 200  # n of (1): transitions
+    columns: Count = 10  # cells in a row of the room; 1: states are no cells, each is a thing of its own
     actor_lr: Size = 1e-3  # AdamW's step size once it is warm
     warmup_updates: Count = 500  # updates over which the step size rises from 0, along a line
     weight_decay: Size = 1e-4  # AdamW's
@@ -118,9 +119,9 @@ class DPT:
 
     def actor_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         logits = self.actor(batch)  # (2) [B, n + 1, actions]
-        best = batch["best_actions"].unsqueeze(1).expand(logits.shape[:2])  # [B, n + 1]
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), best.flatten())  # (3)
-        hits = (logits[:, -1].argmax(-1) == batch["best_actions"]).float().mean()
+        best = batch["best_actions"] / batch["best_actions"].sum(-1, keepdim=True)  # [B, actions]
+        loss = -(logits.log_softmax(-1) * best.unsqueeze(1)).sum(-1).mean()  # (3)
+        hits = (best.gather(1, logits[:, -1].argmax(-1, keepdim=True)) > 0).float().mean()
         return loss, {"actor/loss": loss.detach(), "actor/agreement": hits}
 
     def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -189,16 +190,27 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x).flatten(0, -2)).view_as(x))  # flat: faster compiled
 
 
+class Cells(nn.Module):
+    """Numbers of cells [...] -> [..., dim]: what is known of their row, and of their column."""
+
+    def __init__(self, states: int, columns: int, dim: int):
+        super().__init__()
+        self.rows, self.columns = nn.Embedding(-(-states // columns), dim), nn.Embedding(columns, dim)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        width = self.columns.num_embeddings
+        return self.rows(cells // width) + self.columns(cells % width)
+
+
 class SetTransformer(nn.Module):
     """A state and n transitions -> logits of its best action [B, n + 1, actions], from the first 0 ... n."""
 
     def __init__(self, config: Config, states: int, actions: int):
         super().__init__()
-        dim = config.hidden_dim
-        self.embed_query, self.embed_state = nn.Embedding(states, dim), nn.Embedding(states, dim)
-        self.embed_next, self.embed_action = nn.Embedding(states, dim), nn.Embedding(actions, dim)
-        self.embed_reward, self.norm = nn.Linear(1, dim), nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(config.dropout)
+        dim, cells = config.hidden_dim, partial(Cells, states, config.columns, config.hidden_dim)
+        self.embed_query, self.embed_state, self.embed_next = cells(), cells(), cells()
+        self.embed_action, self.embed_reward = nn.Embedding(actions, dim), nn.Linear(1, dim)
+        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(config.dropout)
         blocks = [Block(dim, config.dropout) for _ in range(config.hidden_layers)]
         self.blocks, self.head = nn.Sequential(*blocks, nn.LayerNorm(dim)), nn.Linear(dim, actions)
 
@@ -225,7 +237,7 @@ def train(config: Config) -> None:
     lives = read_lives(dataset)
     data, life = life_transitions(lives, device), len(lives[0]["states"])
     best = np.array(dataset.storage.metadata["best_actions"])[[life["goal"] for life in lives]]
-    best = torch.as_tensor(best, device=device)  # [lives, states]
+    best = torch.as_tensor(best, dtype=torch.float32, device=device)  # [lives, states, actions]
     held_out = dataset.storage.metadata["held_out_goals"]
     rooms = make_rooms(dataset, held_out * config.eval_rounds)
     final_rooms = make_rooms(dataset, held_out * config.final_eval_rounds)
@@ -257,7 +269,8 @@ def load(folder: str, device: str = "cpu") -> DPT:
     config = parse_config([f"--config_path={folder}/config.yaml"])
     checkpoint = read_saved(Path(folder, "checkpoint.pt"))
     weights = checkpoint["state"]["actor"]
-    learner = DPT(config, len(weights["embed_query.weight"]), len(weights["head.bias"]), torch.device(device))
+    states = len(weights["embed_query.rows.weight"]) * config.columns
+    learner = DPT(config, states, len(weights["head.bias"]), torch.device(device))
     restore(learner, checkpoint)
     return learner
 
@@ -276,7 +289,7 @@ def life_transitions(lives: list[dict], device: torch.device) -> dict[str, Tenso
 
 def tasks(data: dict, best: Tensor, lives: Tensor, life: int, context: int) -> dict[str, Tensor]:
     """For each of `lives` [B] transitions [B, n] from a beginning of random length, a state, its best."""
-    length = 2 + (torch.rand(len(lives), device=lives.device) * (life - 2)).long()  # [B]
+    length = (2 * (life / 2) ** torch.rand(len(lives), device=lives.device)).long()  # [B], as often 20 as 2000
     steps = (torch.rand(len(lives), context, device=lives.device) * length[:, None]).long()
     shown = life * lives[:, None] + steps  # (1) [B, n]
     shown = shown - data["last"][shown].long()  # for the last of an episode the step before it

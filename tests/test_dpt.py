@@ -1,0 +1,230 @@
+"""algorithms/context/dpt.py: tokens without places, labels, tasks, context and acting, by plain calculations."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_script
+
+pytest.register_assert_rewrite("lives")
+from lives import (  # noqa: E402
+    assert_resumes,
+    block,
+    embedded,
+    fixed,
+    folder,
+    linear,
+    normed,
+    softmax,
+    train,
+)
+from oracles import Constant  # noqa: E402
+
+pytest_plugins = ["lives"]
+dpt = load_script("context/dpt.py")
+NAMES = ("states", "actions", "rewards", "next_states")
+
+
+def small(**fields):
+    """A small DPT of 12 cells and 5 actions, with weights large enough to show, without dropout."""
+    sizes = {"hidden_dim": 8, "hidden_layers": 2, "context": 6, "columns": 4, "dropout": 0.0}
+    learner = dpt.DPT(dpt.Config(**sizes | fields), 12, 5, torch.device("cpu"))
+    fixed(learner.actor).train()
+    return learner
+
+
+def batch(rows: int = 3, count: int = 6) -> dict[str, torch.Tensor]:
+    rng = np.random.default_rng(1)
+    found = {"states": rng.integers(12, size=(rows, count)), "next_states": rng.integers(12, size=(rows, count))}
+    found |= {"actions": rng.integers(5, size=(rows, count)), "query": rng.integers(12, size=rows)}
+    found |= {"rewards": rng.integers(2, size=(rows, count))}
+    found["best_actions"] = np.float32([[0, 1, 0, 0, 0], [0, 1, 0, 1, 0], [1, 0, 0, 0, 0]][:rows])
+    return {name: torch.as_tensor(column) for name, column in found.items()}
+
+
+def cells(layer, numbers: np.ndarray) -> np.ndarray:
+    return embedded(layer.rows, numbers // 4) + embedded(layer.columns, numbers % 4)
+
+
+def logits_by_hand(actor, given: dict[str, torch.Tensor]) -> np.ndarray:
+    """(2), then the blocks, then the head: [B, n + 1, 5]."""
+    given = {name: column.numpy() for name, column in given.items()}
+    x = cells(actor.embed_state, given["states"]) + embedded(actor.embed_action, given["actions"])
+    x = x + cells(actor.embed_next, given["next_states"])
+    x = x + linear(given["rewards"][..., None].astype(float), actor.embed_reward)
+    x = normed(np.concatenate([cells(actor.embed_query, given["query"])[:, None], x], 1), actor.norm)
+    for layer in actor.blocks[:-1]:
+        x = block(x, layer)
+    return linear(normed(x, actor.blocks[-1]), actor.head)
+
+
+# -------------------------------------------- tokens and loss ---------------------------------------------
+
+
+@pytest.mark.equation(2)
+def test_outputs_are_those_of_a_state_and_one_token_a_transition():
+    learner = small()
+    found = learner.actor(batch()).detach().numpy()
+    np.testing.assert_allclose(found, logits_by_hand(learner.actor, batch()), atol=2e-5)
+    assert found.shape == (3, 7, 5)
+    assert np.ptp(found, axis=0).min() > 0.02  # the weights matter
+
+
+@pytest.mark.equation(1, 2)
+def test_transitions_are_a_set():
+    """In another order they say the same to the last output, which has seen all of them."""
+    learner, given = small(hidden_layers=1), batch()
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    shuffled = given | {name: given[name][:, order] for name in NAMES}
+    one, other = learner.actor(given), learner.actor(shuffled)
+    assert (one[:, 1:6] - other[:, 1:6]).abs().max() > 1e-3
+    last = [given | {name: torch.cat([given[name][:, order[:5]], given[name][:, 2:3]], 1) for name in NAMES},
+            given | {name: torch.cat([given[name][:, order[:5].flip(0)], given[name][:, 2:3]], 1) for name in NAMES}]
+    one, other = (learner.actor(each)[:, -1] for each in last)
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.equation(2, 3)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_transition_changes_no_output_before_it(name):
+    learner = small()
+    before = learner.actor(batch())
+    for i in range(6):
+        given = batch()
+        given[name][:, i] = (given[name][:, i] + 1) % 5
+        after = learner.actor(given)
+        assert torch.equal(before[:, : i + 1], after[:, : i + 1])
+        assert ((before[:, i + 1 :] - after[:, i + 1 :]).abs().amax((0, 2)) > 1e-6).all()
+
+
+@pytest.mark.equation(3)
+def test_loss_is_the_cross_entropy_to_the_best_actions_each_as_likely():
+    learner = small()
+    loss, metrics = learner.actor_loss(batch())
+    logs = np.log(softmax(logits_by_hand(learner.actor, batch())))  # [3, 7, 5]
+    wanted = [logs[0, :, 1].mean(), (logs[1, :, 1].mean() + logs[1, :, 3].mean()) / 2, logs[2, :, 0].mean()]
+    assert loss.item() == pytest.approx(-np.mean(wanted), rel=1e-5)
+    guesses = logs[:, -1].argmax(-1)
+    hits = [guesses[0] == 1, guesses[1] in (1, 3), guesses[2] == 0]
+    assert metrics["actor/agreement"].item() == pytest.approx(np.mean(hits))
+    assert not metrics["actor/loss"].requires_grad
+
+
+@pytest.mark.equation(3)
+def test_equal_logits_cost_ln_5():
+    learner = small()
+    learner.actor = Constant([[[7.0] * 5] * 7] * 3)
+    assert learner.actor_loss(batch())[0].item() == pytest.approx(math.log(5), abs=1e-6)
+
+
+# ------------------------------------------------- tasks --------------------------------------------------
+
+
+@pytest.mark.equation(1)
+def test_transitions_are_of_one_life_and_what_comes_after_is_its_own(rooms):
+    """Also: of an episode the last one is left out, as its next state is another episode's start."""
+    lives = dpt.read_lives(rooms)
+    data, room = dpt.life_transitions(lives, torch.device("cpu")), load_script("collect/dark_room.py")
+    best = torch.as_tensor(np.array(rooms.storage.metadata["best_actions"]), dtype=torch.float32)
+    goals = torch.tensor([life["goal"] for life in lives])
+    torch.manual_seed(0)
+    chosen = torch.arange(0, 160, 2)
+    found = dpt.tasks(data, best[goals], chosen, 240, 50)
+    assert found["states"].shape == (80, 50)
+    following = torch.as_tensor(room.next_cells())[found["states"], found["actions"]]
+    assert torch.equal(found["next_states"], following)
+    assert torch.equal(found["rewards"] > 0, following == goals[chosen, None])
+    assert torch.equal(found["best_actions"], best[goals[chosen], found["query"]])
+    assert len(found["query"].unique()) > 40  # of any state, seen or not
+    assert not data["last"].reshape(-1, 20)[:, :19].any()
+    assert data["last"].reshape(-1, 20)[:, 19].all()
+
+
+def test_the_beginnings_are_as_often_short_as_long(rooms):
+    """Half of them are shorter than the geometric mean of 2 and the whole life."""
+    steps = torch.arange(6000)
+    data = {"states": steps, "actions": steps, "rewards": steps, "next_states": steps, "last": steps < 0}
+    torch.manual_seed(0)
+    most = dpt.tasks(data, torch.ones(1, 4, 5), torch.zeros(2000, dtype=torch.int64), 6000, 200)["states"]
+    longest = most.amax(1).float()
+    assert (longest < math.sqrt(2 * 6000)).float().mean() == pytest.approx(0.5, abs=0.05)
+    assert longest.max() > 5000
+    assert longest.min() < 3
+
+
+@pytest.mark.equation(3)
+def test_labels_are_the_known_best_actions_of_the_lifes_goal(rooms):
+    """By search: from the query's state one of the labels comes nearer, any other action does not."""
+    room, known = load_script("collect/dark_room.py"), rooms.storage.metadata
+    following = room.next_cells()
+    for goal in (0, 37, 99):
+        steps, frontier = {goal: 0}, [goal]
+        for cell in frontier:
+            for before in np.flatnonzero((following == cell).any(1)).tolist():
+                if before not in steps:
+                    steps[before] = steps[cell] + 1
+                    frontier.append(before)
+        for cell in range(100):
+            nearer = [steps[after] < steps[cell] or steps[after] == 0 for after in following[cell].tolist()]
+            assert known["best_actions"][goal][cell] == nearer
+
+
+# -------------------------------------------------- acting ------------------------------------------------
+
+
+@pytest.mark.equation(4)
+def test_the_context_is_what_episodes_that_are_over_have_shown(monkeypatch):
+    """Three steps an episode, of which the last says nothing; the last five transitions stay."""
+    learner, seen = small(context=5, dropout=0.5), []
+    plain = learner.actor.forward
+
+    def noted(given):
+        seen.append({name: given[name].tolist() for name in (*NAMES, "query")} | {"trains": learner.actor.training})
+        return plain(given)
+
+    monkeypatch.setattr(learner.actor, "forward", noted)
+    learner.choose(np.array([0, 6]), None)
+    for number in range(1, 10):
+        ended = number % 3 == 0
+        last = {"states": np.array([number - 1, number + 5]) % 12, "actions": np.array([number % 5] * 2)}
+        last |= {"rewards": np.array([number % 2] * 2), "ended": np.array([ended] * 2)}
+        learner.choose(np.array([number, number + 6]) % 12, last)
+    assert seen[2]["states"] == [[], []]  # the first episode is not over
+    assert seen[3]["states"] == seen[5]["states"] == [[0, 1], [6, 7]]
+    assert seen[3]["next_states"] == [[1, 2], [7, 8]]
+    assert seen[3]["actions"] == [[1, 2], [1, 2]]
+    assert seen[3]["rewards"] == [[1, 0], [1, 0]]
+    assert seen[3]["query"] == [3, 9]
+    assert seen[9]["states"] == [[1, 3, 4, 6, 7], [7, 9, 10, 0, 1]]
+    assert not any(each["trains"] for each in seen)
+    assert learner.actor.training
+    learner.choose(np.array([3, 4]), None)
+    assert seen[-1]["states"] == [[], []]
+    with pytest.raises(dpt.UserError, match="episodes of different lengths"):
+        learner.choose(np.array([3, 4]), last | {"ended": np.array([True, False])})
+
+
+@pytest.mark.equation(4)
+def test_it_draws_by_probability():
+    learner = small()
+    empty = {name: torch.zeros(1, 0, dtype=torch.int64) for name in NAMES}
+    wanted = softmax(logits_by_hand(learner.actor, empty | {"query": torch.tensor([7])}))[0, 0]
+    torch.manual_seed(0)
+    drawn = learner.choose(np.full(20_000, 7), None)
+    assert np.bincount(drawn, minlength=5) / 20_000 == pytest.approx(wanted, abs=0.015)
+
+
+# -------------------------------------------------- runs --------------------------------------------------
+
+
+def test_a_run_resumes_bit_for_bit(rooms, tmp_path, monkeypatch):
+    assert_resumes(dpt, "dpt", tmp_path, monkeypatch, context=20, dropout=0.2)
+
+
+def test_a_run_loads(rooms, tmp_path):
+    train(dpt, tmp_path, context=20)
+    run = folder(tmp_path, "dpt")
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)["state"]["actor"]
+    loaded = dpt.load(str(run)).actor.state_dict()
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
