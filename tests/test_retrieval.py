@@ -19,12 +19,12 @@ from lives import (
 )
 
 retrieval = load_script("context/retrieval.py")
-STATES, ACTIONS, STEPS, CPU = 9, 3, 4, torch.device("cpu")
+STATES, ACTIONS, STEPS, CPU = 12, 3, 4, torch.device("cpu")
 
 
 def make(**fields):
     """RA-DT with small networks of fixed weights."""
-    small = {"hidden_dim": 6, "hidden_layers": 2, "key_dim": 5, "found": 4, "kept": 2, "dropout": 0.0}
+    small = {"hidden_dim": 6, "hidden_layers": 2, "key_dim": 5, "found": 4, "kept": 2, "columns": 4, "dropout": 0.0}
     fields = small | fields
     learner = retrieval.RADT(retrieval.Config(**fields), STATES, ACTIONS, STEPS, CPU)
     fixed(learner.actor)
@@ -120,7 +120,9 @@ def logits_of(learner, batch: dict, to_go: np.ndarray, kept: dict, weights: np.n
     def tokens(states, actions, rewards):
         before = np.concatenate([np.full((*actions.shape[:-1], 1), ACTIONS), actions[..., :-1]], -1)
         earned = np.concatenate([np.zeros((*rewards.shape[:-1], 1)), rewards[..., :-1]], -1)
-        x = embedded(actor.embed_state, states) + embedded(actor.embed_action, before)
+        rows, columns = np.divmod(states, 4)
+        x = embedded(actor.embed_state.rows, rows) + embedded(actor.embed_state.columns, columns)
+        x = x + embedded(actor.embed_action, before)
         x = x + linear(earned[..., None], actor.embed_reward)
         return x + embedded(actor.embed_step, np.arange(STEPS))
 

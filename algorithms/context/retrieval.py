@@ -74,6 +74,7 @@ class Config:
     variant: str = "default"  # names these settings in the run's folder and in the tables
     updates: Count = 10_000  # gradient updates
     batch_size: Count = 64  # windows in an update
+    columns: Count = 10  # cells in a row of the room; 1: states are no cells, each is a thing of its own
     retrieve: bool = True  # false: without the memory, a decision transformer
     memory: Count = 64  # episodes in a memory, in training
     found: Count = 50  # episodes of (3)
@@ -237,6 +238,18 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x).flatten(0, -2)).view_as(x))  # flat: faster compiled
 
 
+class Cells(nn.Module):
+    """Numbers of cells [...] -> [..., dim]: what is known of their row, and of their column."""
+
+    def __init__(self, states: int, columns: int, dim: int):
+        super().__init__()
+        self.rows, self.columns = nn.Embedding(-(-states // columns), dim), nn.Embedding(columns, dim)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        width = self.columns.num_embeddings
+        return self.rows(cells // width) + self.columns(cells % width)
+
+
 class MemoryTransformer(nn.Module):
     """Episodes [B, T], returns to go [B, T] and what was retrieved -> logits [B, T, actions]."""
 
@@ -244,7 +257,8 @@ class MemoryTransformer(nn.Module):
         super().__init__()
         dim, self.none, self.steps = config.hidden_dim, actions, steps  # none: the action before the first
         self.retrieve = config.retrieve
-        self.embed_state, self.embed_action = nn.Embedding(states, dim), nn.Embedding(actions + 1, dim)
+        self.embed_state = Cells(states, config.columns, dim)
+        self.embed_action = nn.Embedding(actions + 1, dim)
         self.embed_reward, self.embed_return = nn.Linear(1, dim), nn.Linear(1, dim)
         self.embed_step, self.norm = nn.Embedding(steps, dim), nn.LayerNorm(dim)
         self.dropout, layers = nn.Dropout(config.dropout), range(config.hidden_layers)
