@@ -24,7 +24,8 @@ STATES, ACTIONS, STEPS, CPU = 12, 3, 4, torch.device("cpu")
 
 def make(**fields):
     """RA-DT with small networks of fixed weights."""
-    small = {"hidden_dim": 6, "hidden_layers": 2, "key_dim": 5, "found": 4, "kept": 2, "columns": 4, "dropout": 0.0}
+    small = {"hidden_dim": 6, "hidden_layers": 2, "key_dim": 5, "found": 4, "kept": 2, "dropout": 0.0}
+    small["columns"] = 4
     fields = small | fields
     learner = retrieval.RADT(retrieval.Config(**fields), STATES, ACTIONS, STEPS, CPU)
     fixed(learner.actor)
@@ -248,7 +249,7 @@ def test_lives_of_unequal_episodes_are_refused():
         retrieval.life_episodes([life | {"episode": np.array([0, 0, 0, 1, 1])}], CPU)
 
 
-def test_a_dataset_of_another_kind_is_refused(rooms, tmp_path, monkeypatch, pendulum):  # noqa: F811
-    monkeypatch.undo()
+def test_a_dataset_of_another_kind_is_refused(tmp_path, monkeypatch, minari_root, pendulum):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(minari_root))
     with pytest.raises(retrieval.UserError, match="this script is not for"):
         train(retrieval, tmp_path, dataset=pendulum)
