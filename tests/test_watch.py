@@ -205,6 +205,16 @@ def test_errors_are_one_line(bc, run, tmp_path, pendulum):
         assert end.value.code == 2
 
 
+def test_a_run_of_no_one_environment_is_refused(run, tmp_path):
+    """Of several tasks, of lives in many rooms: their own `load` plays them."""
+    folder = tmp_path / "context/dpt/reef/dark-room/histories-v0/default/seed-0"
+    folder.mkdir(parents=True)
+    config = {"dataset": "reef/dark-room/histories-v0", "variant": "default", "seed": 0}
+    info = {"status": "finished", "result": "score 1", "config": config}
+    (folder / "run.json").write_text(json.dumps(info))
+    assert_refused(run(folder), "context/dpt, which is of no one environment")
+
+
 @pytest.mark.parametrize(
     ("given", "libraries", "wanted"),
     [(None, ["EGL", "OSMesa"], "egl"), (None, ["OSMesa"], "osmesa"), (None, [], None), ("x", ["EGL"], "x")],

@@ -56,6 +56,9 @@ def open_run(folder: Path) -> tuple[ModuleType, dict]:
     if "dataset" not in info["config"]:
         kind = f"{name['family']}/{algorithm}"
         raise UserError(f"{folder} is a run of {kind}, which learns online and has no `load`")
+    if "environment" not in info["config"]:
+        kind = f"{name['family']}/{algorithm}"
+        raise UserError(f"{folder} is a run of {kind}, which is of no one environment: its `load` plays it")
     if info["status"] != "finished":
         print(f"the run is not finished ({info['result']}): this is the policy of its last checkpoint")
     sys.path.append(str(script.parent))
