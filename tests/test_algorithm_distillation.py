@@ -126,7 +126,7 @@ def test_the_step_size_warms_up_and_gradients_are_cut():
 # ------------------------------------------------- windows ------------------------------------------------
 
 
-def lives(episodes: int = 5, steps: int = 4) -> list[dict]:
+def lives(episodes: int, steps: int = 4) -> list[dict]:
     """Two lives whose numbers tell whose they are: life, episode and step as digits."""
     numbers = np.array([10 * e + s for e in range(episodes) for s in range(steps)])
     episode, rewards = np.repeat(np.arange(episodes), steps), (numbers % 3).astype(np.float32)
@@ -135,32 +135,32 @@ def lives(episodes: int = 5, steps: int = 4) -> list[dict]:
 
 
 @pytest.mark.equation(1)
-def test_every_other_episode_is_kept_and_no_window_leaves_its_life():
-    """Also: what the window's first step did before is known where the life had begun already."""
-    config = ad.Config(context=5, stride=2)
-    data = ad.life_steps(lives(), 5, config, torch.device("cpu"))
-    kept = [10 * e + s for e in (0, 2, 4) for s in range(4)]
-    assert data["states"].tolist() == [base + number for base in (100, 200) for number in kept]
-    assert data["starts"].tolist() == [*range(8), *range(12, 20)]  # 12 steps a life, windows of 5
+def test_every_other_episode_is_seen_and_no_window_leaves_its_life():
+    """A life with stride 2 is two: episodes 0, 2, 4 and 1, 3; what was done before is known but at the start."""
+    data = ad.life_steps(lives(6), 5, ad.Config(context=5, stride=2), torch.device("cpu"))
+    halves = [[10 * e + s for e in episodes for s in range(4)] for episodes in ((0, 2, 4), (1, 3, 5))]
+    wanted = [[base + number for number in half] for base in (100, 200) for half in halves]
+    assert data["states"].tolist() == sum(wanted, [])
+    assert data["starts"].tolist() == [12 * life + start for life in range(4) for start in range(8)]
     columns = {name: column for name, column in data.items() if name != "starts"}
     batch = ad.life_windows(columns, data["starts"], 5)
-    assert batch["states"].shape == (16, 5)
-    assert all(len(set(row)) == 1 for row in (batch["states"] // 100).tolist())
-    for row in range(16):
-        previous = None if row in (0, 8) else ad.life_windows(columns, data["starts"][row : row + 1] - 1, 5)
-        rows = data["starts"][row] + torch.arange(5)
-        assert batch["actions"][row].tolist() == (batch["states"][row] % 5).tolist()  # the life's own
-        assert batch["last_actions"][row, 1:].tolist() == batch["actions"][row, :-1].tolist()
-        rewards = (data["states"][rows] % 100 % 3).float()
-        assert batch["last_rewards"][row, 1:].tolist() == rewards[:-1].tolist()
-        first = 5 if previous is None else int(previous["actions"].flatten()[0])
-        assert int(batch["last_actions"][row, 0]) == first
+    assert {name: column.shape for name, column in batch.items()} == dict.fromkeys(columns, (32, 5))
+    for row, (life, start) in enumerate((life, start) for life in range(4) for start in range(8)):
+        states = wanted[life][start : start + 5]
+        before = wanted[life][max(start - 1, 0) : start + 4]
+        assert batch["states"][row].tolist() == states
+        assert batch["actions"][row].tolist() == [state % 5 for state in states]  # the life's own
+        actions, rewards = [state % 5 for state in before], [state % 100 % 3 for state in before]
+        if start == 0:
+            actions, rewards = [5, *actions], [0, *rewards]
+        assert batch["last_actions"][row].tolist() == actions[:5]
+        assert batch["last_rewards"][row].tolist() == rewards[:5]
 
 
 def test_a_context_longer_than_a_life_is_refused():
-    with pytest.raises(ad.UserError, match="context: 13 is longer than a life of 12: see stride"):
-        ad.life_steps(lives(), 5, ad.Config(context=13, stride=2), torch.device("cpu"))
-    ad.life_steps(lives(), 5, ad.Config(context=12, stride=2), torch.device("cpu"))
+    with pytest.raises(ad.UserError, match="context: 9 is longer than a life of 8: see stride"):
+        ad.life_steps(lives(5), 5, ad.Config(context=9, stride=2), torch.device("cpu"))
+    ad.life_steps(lives(5), 5, ad.Config(context=8, stride=2), torch.device("cpu"))
 
 
 def test_lives_are_read_as_they_were_lived(rooms):

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import load_script
@@ -121,36 +122,29 @@ def test_equal_logits_cost_ln_5():
 # ------------------------------------------------- tasks --------------------------------------------------
 
 
+def test_moves_are_those_of_the_lives_but_for_the_last_of_an_episode():
+    """After the last comes another episode's start; what was done twice is there once."""
+    states, actions = np.array([3, 4, 4, 3, 4, 5]), np.array([1, 0, 2, 1, 1, 0])
+    lives = [{"states": states, "actions": actions, "episode": np.array([0, 0, 0, 1, 1, 1])}]
+    moves = dpt.find_moves(lives * 2, torch.device("cpu"))
+    found = sorted(zip(*(moves[name].tolist() for name in ("states", "actions", "next_states")), strict=True))
+    assert found == [(3, 1, 4), (4, 0, 4), (4, 1, 5)]
+
+
 @pytest.mark.equation(1)
-def test_transitions_are_of_one_life_and_what_comes_after_is_its_own(rooms):
-    """Also: of an episode the last one is left out, as its next state is another episode's start."""
-    lives = dpt.read_lives(rooms)
-    data, room = dpt.life_transitions(lives, torch.device("cpu")), load_script("collect/dark_room.py")
+def test_tasks_are_random_moves_with_what_they_earn_on_the_goal(rooms):
+    room, lives = load_script("collect/dark_room.py"), dpt.read_lives(rooms)
     best = torch.as_tensor(np.array(rooms.storage.metadata["best_actions"]), dtype=torch.float32)
-    goals = torch.tensor([life["goal"] for life in lives])
+    goals = torch.arange(3, 83)
     torch.manual_seed(0)
-    chosen = torch.arange(0, 160, 2)
-    found = dpt.tasks(data, best[goals], chosen, 240, 50)
-    assert found["states"].shape == (80, 50)
+    found = dpt.tasks(dpt.find_moves(lives, torch.device("cpu")), best, goals, 200)
+    assert found["states"].shape == (80, 200)
     following = torch.as_tensor(room.next_cells())[found["states"], found["actions"]]
     assert torch.equal(found["next_states"], following)
-    assert torch.equal(found["rewards"] > 0, following == goals[chosen, None])
-    assert torch.equal(found["best_actions"], best[goals[chosen], found["query"]])
+    assert torch.equal(found["rewards"] > 0, following == goals[:, None])
+    assert torch.equal(found["best_actions"], best[goals, found["query"]])
     assert len(found["query"].unique()) > 40  # of any state, seen or not
-    assert not data["last"].reshape(-1, 20)[:, :19].any()
-    assert data["last"].reshape(-1, 20)[:, 19].all()
-
-
-def test_the_beginnings_are_as_often_short_as_long(rooms):
-    """Half of them are shorter than the geometric mean of 2 and the whole life."""
-    steps = torch.arange(6000)
-    data = {"states": steps, "actions": steps, "rewards": steps, "next_states": steps, "last": steps < 0}
-    torch.manual_seed(0)
-    most = dpt.tasks(data, torch.ones(1, 4, 5), torch.zeros(2000, dtype=torch.int64), 6000, 200)["states"]
-    longest = most.amax(1).float()
-    assert (longest < math.sqrt(2 * 6000)).float().mean() == pytest.approx(0.5, abs=0.05)
-    assert longest.max() > 5000
-    assert longest.min() < 3
+    assert np.bincount(found["actions"].flatten(), minlength=5).min() > 2000  # of 16,000
 
 
 @pytest.mark.equation(3)
@@ -222,8 +216,27 @@ def test_a_run_resumes_bit_for_bit(rooms, tmp_path, monkeypatch):
     assert_resumes(dpt, "dpt", tmp_path, monkeypatch, context=20, dropout=0.2)
 
 
-def test_a_run_loads(rooms, tmp_path):
-    train(dpt, tmp_path, context=20)
+def test_a_run_is_trained_on_goals_of_the_lives_alone_and_loads(rooms, tmp_path, monkeypatch):
+    """And evaluated on the others, and on those for comparison."""
+    drawn, seen, plain, make = [], [], dpt.tasks, dpt.make_rooms
+
+    def noted(moves, best, goals, context):
+        drawn.extend(goals.tolist())
+        return plain(moves, best, goals, context)
+
+    def noted_rooms(dataset, goals):
+        seen.append(goals)
+        return make(dataset, goals)
+
+    monkeypatch.setattr(dpt, "tasks", noted)
+    monkeypatch.setattr(dpt, "make_rooms", noted_rooms)
+    train(dpt, tmp_path, context=20, final_eval_rounds=2)
+    known = rooms.storage.metadata
+    assert {*drawn} <= {*known["training_goals"]}
+    assert len({*drawn}) > 15  # of 24
+    assert seen == [known["held_out_goals"], known["held_out_goals"] * 2, known["training_goals"]]
+    curve = pd.read_csv(folder(tmp_path, "dpt") / "in-context-known-00000006.csv")
+    assert curve["best"][0] == pytest.approx(np.mean([known["best_returns"][g] for g in known["training_goals"]]))
     run = folder(tmp_path, "dpt")
     saved = torch.load(run / "checkpoint.pt", weights_only=True)["state"]["actor"]
     loaded = dpt.load(str(run)).actor.state_dict()

@@ -10,8 +10,8 @@ episode, without a gradient, by what stands in its context.
   (3)  L = mean -log pi(a_t | x_{t-i}, ..., x_t)                every step of a window of L steps of one life
   (4)  acting: a_t ~ pi(. | the last L steps), whatever episode they are of
 
-Differences from the paper: of a life every `stride`-th episode is kept, so that a context of a few episodes
-shows progress (the paper does so as well, in its appendix); one token a step in place of three.
+Differences from the paper: of a life a window sees every `stride`-th episode only, so that a context of a few
+episodes shows progress (the paper does so as well, in its appendix); one token a step in place of three.
 
   make dataset ID=reef/dark-room/histories-v0
   python algorithms/context/algorithm_distillation.py --dataset reef/dark-room/histories-v0
@@ -27,6 +27,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -69,25 +70,25 @@ class Config:
     dataset: str = "reef/dark-room/histories-v0"  # Minari id of lives of learners
     seed: int = 0  # of networks, batches, actions and evaluations
     variant: str = "default"  # names these settings in the run's folder and in the tables
-    updates: Count = 10_000  # gradient updates
-    batch_size: Count = 64  # windows in an update
-    context: Count = 120  # L of (3) and (4), in steps: several episodes
+    updates: Count = 6000  # gradient updates
+    batch_size: Count = 32  # windows in an update
+    context: Count = 100  # L of (3) and (4), in steps: several episodes
     columns: Count = 10  # cells in a row of the room; 1: states are no cells, each is a thing of its own
     stride: Count = 10  # of a life every so manieth episode is kept
     actor_lr: Size = 1e-3  # AdamW's step size once it is warm
-    warmup_updates: Count = 500  # updates over which the step size rises from 0, along a line
+    warmup_updates: Count = 200  # updates over which the step size rises from 0, along a line
     weight_decay: Size = 1e-4  # AdamW's
     gradient_norm: Size = 1.0  # longer gradients are cut to this length
-    dropout: Share = 0.1  # of embeddings, attention and residual branches, in training
+    dropout: Share = 0.0  # of embeddings, attention and residual branches, in training
     hidden_dim: Count = 64  # size of a token
-    hidden_layers: Count = 4  # blocks of the transformer, one attention head each
-    eval_every: Count = 2000  # updates between evaluations
+    hidden_layers: Count = 3  # blocks of the transformer, one attention head each
+    eval_every: Count = 1000  # updates between evaluations
     eval_episodes: Count = 20  # episodes in context, on every goal
     eval_rounds: Count = 1  # agents on every goal, each with a context of its own
     final_eval_episodes: Count = 40  # episodes in context of the evaluation that is the score
-    final_eval_rounds: Count = 5  # agents of that evaluation on every goal
-    log_every: Count = 500  # updates between rows of metrics.csv
-    checkpoint_every: Count = 2000  # updates between checkpoints
+    final_eval_rounds: Count = 3  # agents of that evaluation on every goal
+    log_every: Count = 200  # updates between rows of metrics.csv
+    checkpoint_every: Count = 1000  # updates between checkpoints
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     threads: int = 0  # CPU threads; 0: torch's choice
     compile: bool = True  # compile the losses
@@ -223,7 +224,7 @@ def train(config: Config) -> None:
     dataset = load_dataset(config.dataset)
     lives = read_lives(dataset)
     data = life_steps(lives, dataset.action_space.n, config, device)
-    held_out = dataset.storage.metadata["held_out_goals"]
+    held_out, told = (dataset.storage.metadata[f"{kind}_goals"] for kind in ("held_out", "training"))
     rooms = make_rooms(dataset, held_out * config.eval_rounds)
     final_rooms = make_rooms(dataset, held_out * config.final_eval_rounds)
 
@@ -246,6 +247,8 @@ def train(config: Config) -> None:
         seed = (config.seed, config.updates, 1)
         returns = live_in_context(learner.choose, final_rooms, config.final_eval_episodes, seed)
         log_lives(run, config.updates, "final", returns, dataset, held_out)
+        returns = live_in_context(learner.choose, make_rooms(dataset, told), config.final_eval_episodes, seed)
+        log_lives(run, config.updates, "known", returns, dataset, told)  # for comparison
         run.finish()
 
 
@@ -261,20 +264,22 @@ def load(folder: str, device: str = "cpu") -> AD:
 
 
 def life_steps(lives: list[dict], none: int, config: Config, device: torch.device) -> dict[str, Tensor]:
-    """Every `stride`-th episode of every life, and the rows where a window may begin; `none`: no action."""
+    """Every life `stride` times, as every `stride`-th episode from the first on, from the second on, ...
+
+    Columns of all steps, and the rows `starts` where a window may begin; `none` is the action before the first.
+    """
     columns = collections.defaultdict(list)
-    for life in lives:
-        kept = life["episode"] % config.stride == 0
+    for life, first in itertools.product(lives, range(config.stride)):
+        kept = life["episode"] % config.stride == first
         states, actions, rewards = (life[name][kept] for name in ("states", "actions", "rewards"))
+        if len(states) < config.context:
+            raise UserError(f"context: {config.context} is longer than a life of {len(states)}: see stride")
         columns["states"].append(states)
         columns["actions"].append(actions)
         columns["last_actions"].append(np.append(none, actions[:-1]))
-        columns["last_rewards"].append(np.append(0, rewards[:-1]))
+        columns["last_rewards"].append(np.append(np.float32(0), rewards[:-1]))
         columns["begins"].append(np.arange(len(states)) <= len(states) - config.context)
-        if len(states) < config.context:
-            raise UserError(f"context: {config.context} is longer than a life of {len(states)}: see stride")
     data = {name: torch.as_tensor(np.concatenate(parts), device=device) for name, parts in columns.items()}
-    data["last_rewards"] = data["last_rewards"].float()
     return data | {"starts": data.pop("begins").nonzero().squeeze(1)}
 
 
@@ -351,7 +356,7 @@ def log_lives(run: "Run", update: int, phase: str, returns: np.ndarray, dataset,
                f" of {best:.1f}")
     if phase == "final":
         run.note(**{name: float(value) for name, value in result.items()})
-    else:
+    elif phase == "training":
         run.log(update, {f"eval/{name}": value for name, value in result.items()})
 
 

@@ -6,14 +6,14 @@ can do is to mix the tasks that fit them, by how well they fit: acting by what i
 sampling, and exploration comes out of imitation. On a goal that it has never seen it collects the transitions
 itself.
 
-  (1)  D = {(s_i, a_i, r_i, s'_i)}, i = 1 ... n                   transitions of one task, in random order
+  (1)  D = {(s_i, a_i, r_i, s'_i)}, i = 1 ... n       random actions in random states of one task
   (2)  x_0 = E_q(s),  x_i = E_s(s_i) + E_a(a_i) + E_r(r_i) + E_n(s'_i)   no places: a set
-  (3)  L = mean -log pi(a* | s, D_1, ..., D_j)                over j from 0 to n; a*: the best
+  (3)  L = mean -log pi(a* | s, D_1, ..., D_j)        over j from 0 to n; a*: one of the best, each as likely
   (4)  acting: a ~ pi(. | s, D), D: the last n transitions of the episodes that are over
 
-Differences from the paper: the transitions come from the lives of learners, from a beginning of random
-length, not from random policies; the last transition of an episode is left out, as its s' is another
-episode's start.
+Differences from the paper: of the lives in the dataset it takes only where actions lead, and their goals; a
+label is not one best action but all of them alike, so that it explores evenly; acting, the last transition of
+an episode is left out, as its s' is another episode's start.
 
   make dataset ID=reef/dark-room/histories-v0
   python algorithms/context/dpt.py --dataset reef/dark-room/histories-v0
@@ -71,24 +71,24 @@ class Config:
     dataset: str = "reef/dark-room/histories-v0"  # Minari id of lives of learners
     seed: int = 0  # of networks, batches, actions and evaluations
     variant: str = "default"  # names these settings in the run's folder and in the tables
-    updates: Count = 10_000  # gradient updates
-    batch_size: Count = 64  # windows in an update
-    context: Count = 200  # n of (1): transitions
+    updates: Count = 6000  # gradient updates
+    batch_size: Count = 32  # windows in an update
+    context: Count = 100  # n of (1): transitions
     columns: Count = 10  # cells in a row of the room; 1: states are no cells, each is a thing of its own
     actor_lr: Size = 1e-3  # AdamW's step size once it is warm
-    warmup_updates: Count = 500  # updates over which the step size rises from 0, along a line
+    warmup_updates: Count = 200  # updates over which the step size rises from 0, along a line
     weight_decay: Size = 1e-4  # AdamW's
     gradient_norm: Size = 1.0  # longer gradients are cut to this length
-    dropout: Share = 0.1  # of embeddings, attention and residual branches, in training
+    dropout: Share = 0.0  # of embeddings, attention and residual branches, in training
     hidden_dim: Count = 64  # size of a token
-    hidden_layers: Count = 4  # blocks of the transformer, one attention head each
-    eval_every: Count = 2000  # updates between evaluations
+    hidden_layers: Count = 3  # blocks of the transformer, one attention head each
+    eval_every: Count = 1000  # updates between evaluations
     eval_episodes: Count = 20  # episodes in context, on every goal
     eval_rounds: Count = 1  # agents on every goal, each with a context of its own
     final_eval_episodes: Count = 40  # episodes in context of the evaluation that is the score
-    final_eval_rounds: Count = 5  # agents of that evaluation on every goal
-    log_every: Count = 500  # updates between rows of metrics.csv
-    checkpoint_every: Count = 2000  # updates between checkpoints
+    final_eval_rounds: Count = 3  # agents of that evaluation on every goal
+    log_every: Count = 200  # updates between rows of metrics.csv
+    checkpoint_every: Count = 1000  # updates between checkpoints
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     threads: int = 0  # CPU threads; 0: torch's choice
     compile: bool = True  # compile the losses
@@ -235,10 +235,10 @@ def train(config: Config) -> None:
     device = set_up_torch(config)
     dataset = load_dataset(config.dataset)
     lives = read_lives(dataset)
-    data, life = life_transitions(lives, device), len(lives[0]["states"])
-    best = np.array(dataset.storage.metadata["best_actions"])[[life["goal"] for life in lives]]
-    best = torch.as_tensor(best, dtype=torch.float32, device=device)  # [lives, states, actions]
-    held_out = dataset.storage.metadata["held_out_goals"]
+    moves = find_moves(lives, device)
+    best = np.array(dataset.storage.metadata["best_actions"], np.float32)
+    best = torch.as_tensor(best, device=device)  # [goals, states, actions]
+    held_out, told = (dataset.storage.metadata[f"{kind}_goals"] for kind in ("held_out", "training"))
     rooms = make_rooms(dataset, held_out * config.eval_rounds)
     final_rooms = make_rooms(dataset, held_out * config.final_eval_rounds)
 
@@ -246,11 +246,11 @@ def train(config: Config) -> None:
     compiled = config.compile and compile_methods(learner, "actor_loss")
     facts = {"dataset_hash": dataset.storage.metadata["content_hash"], "compiled": compiled}
     with run.start(learner, **facts, **provenance(device)):
-        drawn = {"lives": torch.arange(len(lives), device=device)}
-        batches = draw_batches(drawn, config.batch_size, config.seed, learner.updates)
+        goals = {"goals": torch.as_tensor(sorted({life["goal"] for life in lives}), device=device)}
+        batches = draw_batches(goals, config.batch_size, config.seed, learner.updates)
         numbers = range(learner.updates + 1, config.updates + 1)
         for update in tqdm(numbers, initial=learner.updates, total=config.updates, disable=None):
-            metrics = learner.update(tasks(data, best, next(batches)["lives"], life, config.context))
+            metrics = learner.update(tasks(moves, best, next(batches)["goals"], config.context))
             if run.is_due(update, config.log_every):
                 run.log(update, metrics)
             if run.is_due(update, config.eval_every):
@@ -261,6 +261,8 @@ def train(config: Config) -> None:
         seed = (config.seed, config.updates, 1)
         returns = live_in_context(learner.choose, final_rooms, config.final_eval_episodes, seed)
         log_lives(run, config.updates, "final", returns, dataset, held_out)
+        returns = live_in_context(learner.choose, make_rooms(dataset, told), config.final_eval_episodes, seed)
+        log_lives(run, config.updates, "known", returns, dataset, told)  # for comparison
         run.finish()
 
 
@@ -275,27 +277,25 @@ def load(folder: str, device: str = "cpu") -> DPT:
     return learner
 
 
-def life_transitions(lives: list[dict], device: torch.device) -> dict[str, Tensor]:
-    """All steps of all lives, which are equally long, one life after the other."""
-    if len({len(life["states"]) for life in lives}) > 1:
-        raise UserError("lives of different lengths: DPT takes equal ones")
-    names = ("states", "actions", "rewards")
-    data = {name: np.concatenate([life[name] for life in lives]) for name in names}
-    following = [np.append(life["states"][1:], life["states"][:1]) for life in lives]
-    last = [np.append(np.diff(life["episode"]) > 0, True) for life in lives]
-    data |= {"next_states": np.concatenate(following), "last": np.concatenate(last)}
-    return {name: torch.as_tensor(column, device=device) for name, column in data.items()}
+def find_moves(lives: list[dict], device: torch.device) -> dict[str, Tensor]:
+    """Every move that was made in any life, once: states, actions and next_states, [M]."""
+    found = []
+    for life in lives:
+        within = np.flatnonzero(np.diff(life["episode"]) == 0)  # after the others comes another episode's start
+        made = life["states"][within], life["actions"][within], life["states"][within + 1]
+        found.append(np.unique(np.stack(made, 1), axis=0))
+    moves = torch.as_tensor(np.unique(np.concatenate(found), axis=0), device=device)  # [M, 3]
+    return dict(zip(("states", "actions", "next_states"), moves.unbind(1)))
 
 
-def tasks(data: dict, best: Tensor, lives: Tensor, life: int, context: int) -> dict[str, Tensor]:
-    """For each of `lives` [B] transitions [B, n] from a beginning of random length, a state, its best."""
-    length = (2 * (life / 2) ** torch.rand(len(lives), device=lives.device)).long()  # [B], as often 20 as 2000
-    steps = (torch.rand(len(lives), context, device=lives.device) * length[:, None]).long()
-    shown = life * lives[:, None] + steps  # (1) [B, n]
-    shown = shown - data["last"][shown].long()  # for the last of an episode the step before it
-    batch = {name: data[name][shown] for name in ("states", "actions", "rewards", "next_states")}
-    query = (torch.rand(len(lives), device=lives.device) * best.shape[1]).long()  # tells nothing
-    return batch | {"query": query, "best_actions": best[lives, query]}
+def tasks(moves: dict[str, Tensor], best: Tensor, goals: Tensor, context: int) -> dict[str, Tensor]:
+    """For each of `goals` [B] random moves [B, n] and what they earn, a random state and its best actions."""
+    count, device = len(moves["states"]), goals.device
+    rows = (torch.rand(len(goals), context, device=device) * count).long()
+    batch = {name: column[rows] for name, column in moves.items()}  # (1) [B, n]
+    batch["rewards"] = (batch["next_states"] == goals.unsqueeze(1)).long()  # (1)
+    query = (torch.rand(len(goals), device=device) * best.shape[1]).long()
+    return batch | {"query": query, "best_actions": best[goals, query]}
 
 
 # --------------------------------- Lives, and what is learnt in context ---------------------------------
@@ -365,7 +365,7 @@ def log_lives(run: "Run", update: int, phase: str, returns: np.ndarray, dataset,
                f" of {best:.1f}")
     if phase == "final":
         run.note(**{name: float(value) for name, value in result.items()})
-    else:
+    elif phase == "training":
         run.log(update, {f"eval/{name}": value for name, value in result.items()})
 
 

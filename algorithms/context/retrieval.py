@@ -464,7 +464,7 @@ def log_lives(run: "Run", update: int, phase: str, returns: np.ndarray, dataset,
                f" of {best:.1f}")
     if phase == "final":
         run.note(**{name: float(value) for name, value in result.items()})
-    else:
+    elif phase == "training":
         run.log(update, {f"eval/{name}": value for name, value in result.items()})
 
 
