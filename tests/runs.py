@@ -16,7 +16,7 @@ SMALL = {"context": 4, "vae_hidden_dim": 8, "target_samples": 2, "act_samples": 
 SMALL |= {"plan_horizon": 2, "act_beams": 2, "bins": 10}
 SMALL |= {"behavior_updates": 4}  # of 20 or more
 SMALL |= {"model_hidden_dim": 8, "model_epochs": 2}
-SMALL |= {"diffusion_steps": 3, "act_horizon": 8, "levels": 1}  # act_horizon: the default of others
+SMALL_OF = {"diffuser": {"diffusion_steps": 3, "act_horizon": 8, "levels": 1}}  # these alone
 SMALL |= {"rollout_every": 5, "rollout_batch": 20, "rollouts_kept": 2, "halt_deviations": 1.0}
 
 
@@ -24,7 +24,8 @@ SMALL |= {"rollout_every": 5, "rollout_batch": 20, "rollouts_kept": 2, "halt_dev
 def small(script, dataset: str, output_dir: Path, **fields) -> list[str]:
     """`short`, and smaller still in the fields that only some scripts have."""
     known = vars(script.Config())
-    return short(dataset, output_dir, **{name: SMALL[name] for name in SMALL if name in known}, **fields)
+    smaller = {name: SMALL[name] for name in SMALL if name in known}
+    return short(dataset, output_dir, **smaller | SMALL_OF.get(Path(script.__file__).stem, {}) | fields)
 
 
 def place(runs: Path, name: str, dataset: str, variant: str = "default", seed: int = 0) -> Path:

@@ -1,4 +1,4 @@
-"""algorithms/context/algorithm_distillation.py: tokens, loss, windows, context and lives, by plain calculations."""
+"""algorithms/context/algorithm_distillation.py: tokens, loss, windows, context and lives by hand."""
 
 import json
 import math
@@ -136,11 +136,11 @@ def lives(episodes: int, steps: int = 4) -> list[dict]:
 
 @pytest.mark.equation(1)
 def test_every_other_episode_is_seen_and_no_window_leaves_its_life():
-    """A life with stride 2 is two: episodes 0, 2, 4 and 1, 3; what was done before is known but at the start."""
+    """A life with stride 2 is two: episodes 0, 2, 4 and 1, 3; the action before is known."""
     data = ad.life_steps(lives(6), 5, ad.Config(context=5, stride=2), torch.device("cpu"))
     halves = [[10 * e + s for e in episodes for s in range(4)] for episodes in ((0, 2, 4), (1, 3, 5))]
     wanted = [[base + number for number in half] for base in (100, 200) for half in halves]
-    assert data["states"].tolist() == sum(wanted, [])
+    assert data["states"].tolist() == [state for part in wanted for state in part]
     assert data["starts"].tolist() == [12 * life + start for life in range(4) for start in range(8)]
     columns = {name: column for name, column in data.items() if name != "starts"}
     batch = ad.life_windows(columns, data["starts"], 5)
@@ -235,7 +235,8 @@ def test_returns_are_counted_by_episode_and_room(rooms):
 
 
 def test_an_evaluation_changes_nothing_in_training(rooms):
-    learner, environments = ad.AD(ad.Config(**SIZES), 100, 5, torch.device("cpu")), ad.make_rooms(rooms, [7, 9])
+    learner = ad.AD(ad.Config(**SIZES), 100, 5, torch.device("cpu"))
+    environments = ad.make_rooms(rooms, [7, 9])
     torch.manual_seed(3)
     wanted = torch.rand(1)
     torch.manual_seed(3)
@@ -256,7 +257,8 @@ def test_a_run_resumes_bit_for_bit(rooms, tmp_path, monkeypatch):
 def test_a_run_writes_its_curve_and_loads(rooms, tmp_path, capsys):
     train(ad, tmp_path, **FIELDS, final_eval_episodes=5)
     run = folder(tmp_path, "algorithm_distillation")
-    curve, info = pd.read_csv(run / "in-context-final-00000006.csv"), json.loads((run / "run.json").read_text())
+    curve = pd.read_csv(run / "in-context-final-00000006.csv")
+    info = json.loads((run / "run.json").read_text())
     assert [*curve] == ["episode", "return_mean", "return_std", "best"]
     assert curve["episode"].tolist() == [1, 2, 3, 4, 5]
     known = rooms.storage.metadata
@@ -283,7 +285,9 @@ def test_a_run_writes_its_curve_and_loads(rooms, tmp_path, capsys):
         ({"columns": 0}, "columns"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(walk, pendulum, tmp_path, monkeypatch, capsys, name, fields, message):
+def test_what_is_wrong_is_said_in_one_line(
+    walk, pendulum, tmp_path, monkeypatch, capsys, name, fields, message
+):
     script = load_script(f"context/{name}.py")
     monkeypatch.setattr("sys.argv", ["script.py", *arguments(tmp_path, **fields)])
     with pytest.raises(SystemExit) as end:

@@ -1,7 +1,10 @@
 """algorithms/language/dpo.py: every equation in NumPy on a vocabulary of 16 words, lines of data, runs."""
 
+import ast
 import json
 import math
+import re
+import runpy
 import sys
 import types
 
@@ -9,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import load_script
+from conftest import ROOT, load_script
 from runs import SPEED, at_update, checkpoint, equal, record, sigint, stop  # noqa: F401
 
 pytest.importorskip("transformers", reason="the package transformers is missing: make language")
@@ -543,3 +546,16 @@ def test_a_missing_package_is_one_line(place, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(script.UserError, match="make language brings transformers"):
         go(place, variant="wrong")
+
+
+def test_the_pages_block_continues_prompts_and_saves_a_model(finished, tmp_path, monkeypatch, capsys):
+    (text,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/language.md").read_text(), re.DOTALL)
+    text, count = re.subn(r'load\("results/runs/.+?"\)', f"load({str(finished)!r})", text)
+    assert count == 1
+    (tmp_path / "algorithms").symlink_to(ROOT / "algorithms")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "block.py").write_text(text)
+    runpy.run_path("block.py")
+    assert len(ast.literal_eval(capsys.readouterr().out)) == 2
+    assert transformers.AutoModelForCausalLM.from_pretrained("models/cheerful").config.vocab_size == 16

@@ -1,12 +1,15 @@
-"""algorithms/context/dpt.py: tokens without places, labels, tasks, context and acting, by plain calculations."""
+"""algorithms/context/dpt.py: tokens without places, labels, tasks, context and acting by hand."""
 
 import math
+import re
+import runpy
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import load_script
+from conftest import ROOT, load_script
 
 pytest.register_assert_rewrite("lives")
 from lives import (  # noqa: E402
@@ -37,7 +40,8 @@ def small(**fields):
 
 def batch(rows: int = 3, count: int = 6) -> dict[str, torch.Tensor]:
     rng = np.random.default_rng(1)
-    found = {"states": rng.integers(12, size=(rows, count)), "next_states": rng.integers(12, size=(rows, count))}
+    size = rows, count
+    found = {"states": rng.integers(12, size=size), "next_states": rng.integers(12, size=size)}
     found |= {"actions": rng.integers(5, size=(rows, count)), "query": rng.integers(12, size=rows)}
     found |= {"rewards": rng.integers(2, size=(rows, count))}
     found["best_actions"] = np.float32([[0, 1, 0, 0, 0], [0, 1, 0, 1, 0], [1, 0, 0, 0, 0]][:rows])
@@ -80,8 +84,10 @@ def test_transitions_are_a_set():
     shuffled = given | {name: given[name][:, order] for name in NAMES}
     one, other = learner.actor(given), learner.actor(shuffled)
     assert (one[:, 1:6] - other[:, 1:6]).abs().max() > 1e-3
-    last = [given | {name: torch.cat([given[name][:, order[:5]], given[name][:, 2:3]], 1) for name in NAMES},
-            given | {name: torch.cat([given[name][:, order[:5].flip(0)], given[name][:, 2:3]], 1) for name in NAMES}]
+    last = []
+    for first in (order[:5], order[:5].flip(0)):
+        rows = torch.cat([first, order[5:]])
+        last.append(given | {name: given[name][:, rows] for name in NAMES})
     one, other = (learner.actor(each)[:, -1] for each in last)
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -174,7 +180,8 @@ def test_the_context_is_what_episodes_that_are_over_have_shown(monkeypatch):
     plain = learner.actor.forward
 
     def noted(given):
-        seen.append({name: given[name].tolist() for name in (*NAMES, "query")} | {"trains": learner.actor.training})
+        shown = {name: given[name].tolist() for name in (*NAMES, "query")}
+        seen.append(shown | {"trains": learner.actor.training})
         return plain(given)
 
     monkeypatch.setattr(learner.actor, "forward", noted)
@@ -236,8 +243,23 @@ def test_a_run_is_trained_on_goals_of_the_lives_alone_and_loads(rooms, tmp_path,
     assert len({*drawn}) > 15  # of 24
     assert seen == [known["held_out_goals"], known["held_out_goals"] * 2, known["training_goals"]]
     curve = pd.read_csv(folder(tmp_path, "dpt") / "in-context-known-00000006.csv")
-    assert curve["best"][0] == pytest.approx(np.mean([known["best_returns"][g] for g in known["training_goals"]]))
+    best = np.mean([known["best_returns"][goal] for goal in known["training_goals"]])
+    assert curve["best"][0] == pytest.approx(best)
     run = folder(tmp_path, "dpt")
     saved = torch.load(run / "checkpoint.pt", weights_only=True)["state"]["actor"]
     loaded = dpt.load(str(run)).actor.state_dict()
     assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+
+
+def test_the_pages_block_acts(rooms, tmp_path, monkeypatch):
+    train(dpt, tmp_path)
+    (text,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/context.md").read_text(), re.DOTALL)
+    text, count = re.subn(r'load\("results/runs/.+?"\)', f"load({str(folder(tmp_path, 'dpt'))!r})", text)
+    assert count == 1
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    states = {"states": np.array([55, 55]), "next_states": np.array([54, 56])}
+    given = states | {"rewards": np.zeros(2), "ended": np.zeros(2, bool)}
+    (tmp_path / "block.py").write_text(text)
+    found = runpy.run_path(str(tmp_path / "block.py"), given)
+    assert found["actions"].shape == (2,)

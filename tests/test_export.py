@@ -17,7 +17,8 @@ export = importlib.import_module("export")
 sys.path.pop(0)
 
 REFUSED = {"fql": "noise", "idql": "noise", "diffusion_ql": "noise"}
-REFUSED |= dict.fromkeys(("dt", "diffusion_policy", "q_chunking", "trajectory_transformer"), "remembers")
+REFUSED |= dict.fromkeys(
+    ("dt", "diffuser", "diffusion_policy", "q_chunking", "trajectory_transformer"), "remembers")
 CHOICES = sorted(path.stem for path in (ROOT / "algorithms/discrete").glob("*.py"))
 
 

@@ -123,7 +123,8 @@ def test_ruff_finds_nothing():
     ],
 )
 def test_targets_run(target, command):
-    result = make("--dry-run", "--old-file=.venv/complete", "--old-file=.venv/discrete", target)
+    stamps = [f"--old-file=.venv/{name}" for name in ("complete", "discrete", "transformers")]
+    result = make("--dry-run", *stamps, target)
     assert result.stdout.splitlines()[-1] == f".venv/bin/python {command}", result.stderr
     for word in command.split():
         assert not word.endswith(".py") or (ROOT / word).is_file()
@@ -178,6 +179,7 @@ def sandbox(tmp_path):
     (tmp_path / "Makefile").write_text(text("Makefile"))
     (tmp_path / "requirements.txt").write_text("torch==1.2.3\nother==4.5\n")
     (tmp_path / "requirements-discrete.txt").write_text("more==6.7\n")
+    (tmp_path / "requirements-language.txt").write_text("words==8.9\n")
     stub = f"""#!/bin/sh
 if [ "$1" = -c ]; then exec {sys.executable} "$@"; fi
 echo "$*" >> log
@@ -201,6 +203,7 @@ MADE = [
     "-m pip install torch==1.2.3",
     "-m pip install -r requirements.txt",
     "-m pip install --no-deps -r requirements-discrete.txt",
+    "-m pip install -r requirements-language.txt",
     "-m pytest --numprocesses 2 --dist loadfile",
 ]
 

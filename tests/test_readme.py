@@ -44,7 +44,7 @@ def here(tmp_path, monkeypatch, minari_root) -> Path:
 
 
 def test_every_block_of_python_is_run():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 6  # two of them by tests/test_dpo.py and tests/test_dpt.py
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:minari")

@@ -538,7 +538,7 @@ ACTING = {"act_samples", "act_horizon", "act_stride", "act_noise"}  # by what a 
 ACTING |= {"act_beams", "act_cutoff", "plan_horizon"}
 EVALUATION = {"environment", "eval_every", "eval_episodes", "final_eval_episodes", *ACTING}
 RECORD = {"ref_min", "ref_max", "variant", "threads", "precision", "compile"}
-RECORD |= {"termination_reward"}  # a pendulum never terminates; its own test sees it
+RECORD |= {"termination_penalty", "termination_reward"}  # a pendulum never terminates; its own test sees it
 EVERY_FIELD = {"td3_bc", "dt", "mopo"}  # what others do with the fields of these sets is td3_bc's code
 
 

@@ -83,6 +83,11 @@ def draw(script, learner, episodes: list, config) -> Iterator[dict[str, torch.Te
         rows = {"rows": torch.arange(len(data["actions"]), device=learner.scaler.mean.device)}
         batches = script.draw_batches(rows, config.batch_size, seed=0, update=0)
         return (script.chunks(data, batch["rows"], config) for batch in batches)
+    if hasattr(script, "trajectories"):
+        data = script.valued_steps(episodes, learner.scaler, config)
+        rows = {"rows": torch.arange(len(data["actions"]), device=learner.scaler.mean.device)}
+        batches = script.draw_batches(rows, config.batch_size, seed=0, update=0)
+        return (script.trajectories(data, batch["rows"], config.horizon) for batch in batches)
     if not hasattr(script, "windows"):
         data = script.transitions(episodes, learner.scaler)
         if hasattr(script, "next_actions"):

@@ -12,8 +12,8 @@ RUN is a run's folder, such as results/runs/offline/iql/<dataset id>/default/see
 
 Names, bounds and origin are in the file's metadata (docs/deciding.md lists them). The batch is 1 where a
 policy ponders each observation for itself (bcq, bear). A policy that draws vectors (idql, fql, diffusion_ql)
-or remembers its past (dt, diffusion_policy, q_chunking, trajectory_transformer) is no function of an
-observation: it is refused.
+or remembers its past (dt, diffusion_policy, q_chunking, diffuser, trajectory_transformer) is no
+function of an observation: it is refused.
 
 What is traced is the script's own `act`. Before the file is put in place onnxruntime has to answer as `act`
 does on 1,000 observations: of the dataset if it is on this machine, else drawn by the run's own scales.

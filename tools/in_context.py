@@ -84,7 +84,8 @@ def draw(table: pd.DataFrame, source: list[float]) -> Figure:
                 axes.plot(run["episode"], run["return_mean"], ls=style, color=color, lw=0.6, alpha=0.5)
             mean = runs.groupby("episode")["return_mean"].mean()
             seeds = runs["seed"].nunique()
-            axes.plot(mean, ls=style, color=color, lw=2, label=f"{name} ({seeds} seeds)".replace("1 seeds", "1 seed"))
+            label = f"{name} ({seeds} seed{'s' * (seeds > 1)})"
+            axes.plot(mean, ls=style, color=color, lw=2, label=label)
         axes.plot(range(1, len(source) + 1), source, color="#808080", lw=1, label="learners of the data")
         axes.axhline(table["best"].mean(), color="#808080", lw=1, ls=":", label="optimum")
         axes.set(xscale="log", xlabel="episode", ylabel="return")

@@ -190,7 +190,7 @@ def collect_lives(config: Config) -> None:
             "held_out_goals": held_out.tolist(),
             "training_goals": told.tolist(),
             "best_returns": best_returns().tolist(),
-            "best_actions": best_actions().astype(int).tolist(),  # goal by goal, of every cell: 1 for the best
+            "best_actions": best_actions().astype(int).tolist(),  # 1 for the best: [goals, cells, actions]
             "source_returns": returns.mean(0).round(4).tolist(),
             "versions": {name: version(name) for name in ("gymnasium", "numpy")},
         },

@@ -12,6 +12,9 @@ So the truth behind the labels is known: what algorithms/language/dpo.py has lea
 A folder gets train.jsonl and test.jsonl, lines of prompt, chosen, rejected and the two scores, and
 prompts.jsonl with the test's prompts: whole subjects are held out. Pairs with equal scores are left out.
 
+Differences from the paper: the judge is a lexicon (a classifier), its labels are drawn (the better score's
+text is preferred), and the model is taken as it is (fine-tuned on reviews of films before).
+
   python algorithms/collect/sentiment.py
 """
 

@@ -266,7 +266,7 @@ def load(folder: str, device: str = "cpu") -> AD:
 def life_steps(lives: list[dict], none: int, config: Config, device: torch.device) -> dict[str, Tensor]:
     """Every life `stride` times, as every `stride`-th episode from the first on, from the second on, ...
 
-    Columns of all steps, and the rows `starts` where a window may begin; `none` is the action before the first.
+    Columns of all steps, and the rows `starts` where a window may begin; `none`: the action before the first.
     """
     columns = collections.defaultdict(list)
     for life, first in itertools.product(lives, range(config.stride)):

@@ -281,7 +281,7 @@ def find_moves(lives: list[dict], device: torch.device) -> dict[str, Tensor]:
     """Every move that was made in any life, once: states, actions and next_states, [M]."""
     found = []
     for life in lives:
-        within = np.flatnonzero(np.diff(life["episode"]) == 0)  # after the others comes another episode's start
+        within = np.flatnonzero(np.diff(life["episode"]) == 0)  # after others an episode starts
         made = life["states"][within], life["actions"][within], life["states"][within + 1]
         found.append(np.unique(np.stack(made, 1), axis=0))
     moves = torch.as_tensor(np.unique(np.concatenate(found), axis=0), device=device)  # [M, 3]
