@@ -98,7 +98,8 @@ def main():
     while done < config["updates"]:
         time.sleep(config["pause"])
         done += 1
-        saved.write_text(str(done))
+        (folder / "checkpoint.new").write_text(str(done))
+        (folder / "checkpoint.new").rename(saved)  # an interrupt leaves none half-written
         rows = "".join(f"{n},0.5,{2 * n}\\n" for n in range(1, done + 1))
         (folder / "metrics.csv").write_text("update,actor/loss,time/wall_seconds\\n" + rows)
         if config["fails"] and done == 2:
