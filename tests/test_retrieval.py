@@ -1,5 +1,8 @@
 """RA-DT against NumPy: keys, neighbours by brute force, cross attention; what a memory holds."""
 
+import types
+
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -15,7 +18,6 @@ from lives import (
     normed,
     rooms,  # noqa: F401
     softmax,
-    train,
 )
 
 retrieval = load_script("context/retrieval.py")
@@ -249,7 +251,7 @@ def test_lives_of_unequal_episodes_are_refused():
         retrieval.life_episodes([life | {"episode": np.array([0, 0, 0, 1, 1])}], CPU)
 
 
-def test_a_dataset_of_another_kind_is_refused(tmp_path, monkeypatch, minari_root, pendulum):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(minari_root))
+def test_a_dataset_of_another_kind_is_refused():
+    box = gym.spaces.Box(-1, 1, (3,))
     with pytest.raises(retrieval.UserError, match="this script is not for"):
-        train(retrieval, tmp_path, dataset=pendulum)
+        retrieval.read_lives(types.SimpleNamespace(observation_space=box, action_space=box))

@@ -274,7 +274,7 @@ def life_steps(lives: list[dict], none: int, config: Config, device: torch.devic
         states, actions, rewards = (life[name][kept] for name in ("states", "actions", "rewards"))
         if len(states) < config.context:
             raise UserError(f"context: {config.context} is longer than a life of {len(states)}: see stride")
-        columns["states"].append(states)
+        columns["states"].append(states)  # (1)
         columns["actions"].append(actions)
         columns["last_actions"].append(np.append(none, actions[:-1]))
         columns["last_rewards"].append(np.append(np.float32(0), rewards[:-1]))
