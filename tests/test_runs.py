@@ -535,7 +535,7 @@ OTHER = {  # another value of a field, where `other_value` would be none or not 
 }
 FREE = {"device", "threads", "log_every", "checkpoint_every", "wandb_mode", "wandb_project", "output_dir"}
 ACTING = {"act_samples", "act_horizon", "act_stride", "act_noise"}  # by what a trained policy acts
-ACTING |= {"act_beams", "act_cutoff", "plan_horizon"}
+ACTING |= {"act_beams", "act_cutoff", "plan_horizon", "guide_scale", "guide_steps", "guide_stop"}
 EVALUATION = {"environment", "eval_every", "eval_episodes", "final_eval_episodes", *ACTING}
 RECORD = {"ref_min", "ref_max", "variant", "threads", "precision", "compile"}
 RECORD |= {"termination_penalty", "termination_reward"}  # a pendulum never terminates; its own test sees it
@@ -736,7 +736,8 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so_once(call, pendulum, tmp
 
 
 # Whose actions are drawn: by torch's generator, the same ones for the same state of it.
-DRAWN = {"diffusion_policy", "diffusion_ql", "fql", "idql", "q_chunking", "trajectory_transformer"}
+DRAWN = {"diffuser", "diffusion_policy", "diffusion_ql", "fql", "idql", "q_chunking"}
+DRAWN |= {"trajectory_transformer"}
 
 
 @pytest.mark.parametrize("name", OFFLINE)
