@@ -143,7 +143,8 @@ def test_tasks_are_random_moves_with_what_they_earn_on_the_goal(rooms):
     best = torch.as_tensor(np.array(rooms.storage.metadata["best_actions"]), dtype=torch.float32)
     goals = torch.arange(3, 83)
     torch.manual_seed(0)
-    found = dpt.tasks(dpt.find_moves(lives, torch.device("cpu")), best, goals, 200)
+    moves = dpt.find_moves(lives, torch.device("cpu"))
+    found = dpt.tasks(moves, best, goals, dpt.Config(context=200, found=0.0))
     assert found["states"].shape == (80, 200)
     following = torch.as_tensor(room.next_cells())[found["states"], found["actions"]]
     assert torch.equal(found["next_states"], following)
@@ -151,6 +152,21 @@ def test_tasks_are_random_moves_with_what_they_earn_on_the_goal(rooms):
     assert torch.equal(found["best_actions"], best[goals, found["query"]])
     assert len(found["query"].unique()) > 40  # of any state, seen or not
     assert np.bincount(found["actions"].flatten(), minlength=5).min() > 2000  # of 16,000
+    assert found["rewards"].float().mean() == pytest.approx(0.01, abs=0.005)
+
+
+def test_in_a_share_of_tasks_the_goal_is_found():
+    """There up to 30 % of the moves end on it; one that no known move ends on changes nothing."""
+    cells = torch.arange(100)
+    moves, best = {"states": cells, "actions": cells % 5, "next_states": cells}, torch.ones(101, 100, 5)
+    torch.manual_seed(0)
+    goals, config = torch.arange(100).repeat(4), dpt.Config(context=300, found=0.6)
+    shares = dpt.tasks(moves, best, goals, config)["rewards"].float().mean(1)
+    assert (shares > 0.04).float().mean() == pytest.approx(0.6 * 0.27 / 0.3, abs=0.08)
+    assert 0.25 < shares.max() < 0.4
+    none = dpt.tasks(moves, best, torch.full((50,), 100), config)
+    assert none["rewards"].sum() == 0
+    assert len(none["states"].unique()) == 100
 
 
 @pytest.mark.equation(3)
@@ -227,9 +243,9 @@ def test_a_run_is_trained_on_goals_of_the_lives_alone_and_loads(rooms, tmp_path,
     """And evaluated on the others, and on those for comparison."""
     drawn, seen, plain, make = [], [], dpt.tasks, dpt.make_rooms
 
-    def noted(moves, best, goals, context):
+    def noted(moves, best, goals, config):
         drawn.extend(goals.tolist())
-        return plain(moves, best, goals, context)
+        return plain(moves, best, goals, config)
 
     def noted_rooms(dataset, goals):
         seen.append(goals)

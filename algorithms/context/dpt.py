@@ -11,9 +11,10 @@ itself.
   (3)  L = mean -log pi(a* | s, D_1, ..., D_j)        over j from 0 to n; a*: one of the best, each as likely
   (4)  acting: a ~ pi(. | s, D), D: the last n transitions of the episodes that are over
 
-Differences from the paper: of the lives in the dataset it takes only where actions lead, and their goals; a
-label is not one best action but all of them alike, so that it explores evenly; acting, the last transition of
-an episode is left out, as its s' is another episode's start.
+Differences from the paper: of the lives in the dataset it takes only where actions lead, and their goals; in
+a share `found` of the tasks up to 30 % of the moves end on the goal; a label is not one best action but all
+of them alike, so that it explores evenly; acting, the last transition of an episode is left out, as its s' is
+another episode's start.
 
   make dataset ID=reef/dark-room/histories-v0
   python algorithms/context/dpt.py --dataset reef/dark-room/histories-v0
@@ -75,6 +76,7 @@ class Config:
     batch_size: Count = 32  # windows in an update
     context: Count = 100  # n of (1): transitions
     columns: Count = 10  # cells in a row of the room; 1: states are no cells, each is a thing of its own
+    found: Share = 0.5  # of tasks whose goal is among the transitions often, as once it is found
     actor_lr: Size = 1e-3  # AdamW's step size once it is warm
     warmup_updates: Count = 200  # updates over which the step size rises from 0, along a line
     weight_decay: Size = 1e-4  # AdamW's
@@ -250,7 +252,7 @@ def train(config: Config) -> None:
         batches = draw_batches(goals, config.batch_size, config.seed, learner.updates)
         numbers = range(learner.updates + 1, config.updates + 1)
         for update in tqdm(numbers, initial=learner.updates, total=config.updates, disable=None):
-            metrics = learner.update(tasks(moves, best, next(batches)["goals"], config.context))
+            metrics = learner.update(tasks(moves, best, next(batches)["goals"], config))
             if run.is_due(update, config.log_every):
                 run.log(update, metrics)
             if run.is_due(update, config.eval_every):
@@ -288,10 +290,15 @@ def find_moves(lives: list[dict], device: torch.device) -> dict[str, Tensor]:
     return dict(zip(("states", "actions", "next_states"), moves.unbind(1)))
 
 
-def tasks(moves: dict[str, Tensor], best: Tensor, goals: Tensor, context: int) -> dict[str, Tensor]:
+def tasks(moves: dict, best: Tensor, goals: Tensor, config: Config) -> dict[str, Tensor]:
     """For each of `goals` [B] random moves [B, n] and what they earn, a random state and its best actions."""
-    count, device = len(moves["states"]), goals.device
-    rows = (torch.rand(len(goals), context, device=device) * count).long()
+    shape, device = (len(goals), config.context), goals.device
+    rows = (torch.rand(shape, device=device) * len(moves["states"])).long()
+    ends = (moves["next_states"] == goals.unsqueeze(1)) + 1e-9  # [B, M]; no move may be known that ends there
+    to_goal = torch.multinomial(ends, config.context, replacement=True)  # [B, n]
+    share = 0.3 * torch.rand(len(goals), 1, device=device)  # of moves to the goal, where it is found
+    share = share * (torch.rand(len(goals), 1, device=device) < config.found)
+    rows = torch.where(torch.rand(shape, device=device) < share, to_goal, rows)
     batch = {name: column[rows] for name, column in moves.items()}  # (1) [B, n]
     batch["rewards"] = (batch["next_states"] == goals.unsqueeze(1)).long()  # (1)
     query = (torch.rand(len(goals), device=device) * best.shape[1]).long()
