@@ -196,15 +196,21 @@ def test_without_the_memory_what_is_in_it_does_not_matter():
 
 @pytest.mark.equation(8)
 def test_acting_asks_for_what_is_left_of_the_target(monkeypatch):
-    learner, asked, memories = make(target=7.0), [], []
-    forward = learner.actor.forward
+    learner, asked, memories, keyed = make(target=7.0), [], [], []
+    forward, retrieve = learner.actor.forward, learner.retrieve
 
     def spied(episodes, to_go, kept, weights):
+        assert not learner.actor.training  # no dropout
         asked.append(to_go.clone())
         memories.append(float(weights.sum()))
         return forward(episodes, to_go, kept, weights)
 
+    def spied_retrieve(batch, seen):
+        keyed.append(seen.sum(1).tolist())
+        return retrieve(batch, seen)
+
     monkeypatch.setattr(learner.actor, "forward", spied)
+    monkeypatch.setattr(learner, "retrieve", spied_retrieve)
     states, last = np.array([1, 2]), None
     for step in range(STEPS + 1):
         actions = learner.choose(states, last)
@@ -215,8 +221,21 @@ def test_acting_asks_for_what_is_left_of_the_target(monkeypatch):
     assert asked[STEPS].tolist() == [[7], [7]]  # another episode
     assert memories[:STEPS] == [0] * STEPS  # there was none before
     assert memories[STEPS] == pytest.approx(2)
+    assert keyed == [[step, step] for step in (*range(STEPS), 0)]  # a key is of steps whose action is known
     with pytest.raises(retrieval.UserError, match="end together"):
         learner.choose(states, last | {"ended": np.array([True, False])})
+    learner.choose(states, None)
+    assert memories[-1] == 0  # another life, which knows nothing of the one before
+    assert learner.actor.training
+
+
+def test_actions_are_drawn():
+    learner = make()
+    torch.nn.init.zeros_(learner.actor.head[1].weight)
+    learner.actor.head[1].bias.data = torch.tensor([1, 2, 0]).log()  # shares of 1/3, 2/3 and nothing
+    torch.manual_seed(0)
+    actions = learner.choose(np.zeros(3000, int), None)
+    assert np.bincount(actions, minlength=3) / 3000 == pytest.approx([1 / 3, 2 / 3, 0], abs=0.03)
 
 
 def test_a_memory_is_of_earlier_episodes_of_the_same_life():
@@ -239,8 +258,17 @@ def test_a_memory_is_of_earlier_episodes_of_the_same_life():
 
 
 def test_a_run_goes_on_to_the_same_bits(rooms, tmp_path, monkeypatch):  # noqa: F811
-    small = {"memory": 8, "key_dim": 8, "kept": 2}
+    small, made = {"memory": 8, "key_dim": 8, "kept": 2}, set()
+    make_rooms = retrieval.make_rooms
+
+    def spied(dataset, goals):
+        made.update(goals)
+        return make_rooms(dataset, goals)
+
+    monkeypatch.setattr(retrieval, "make_rooms", spied)
     assert_resumes(retrieval, "retrieval", tmp_path, monkeypatch, **small)
+    assert made == {*rooms.storage.metadata["held_out_goals"]}
+    assert not made & {life["goal"] for life in retrieval.read_lives(rooms)}  # none that was trained on
     learner = retrieval.load(str(folder(tmp_path / "whole", "retrieval")))
     assert learner.choose(np.array([55, 55]), None).shape == (2,)
 
