@@ -73,7 +73,7 @@ class Config:
     seed: int = 0  # of networks, batches, actions and evaluations
     variant: str = "default"  # names these settings in the run's folder and in the tables
     updates: Count = 6000  # gradient updates
-    batch_size: Count = 32  # windows in an update
+    batch_size: Count = 32  # tasks in an update
     context: Count = 100  # n of (1): transitions
     columns: Count = 10  # cells in a row of the room; 1: states are no cells, each is a thing of its own
     found: Share = 0.5  # of tasks whose goal is among the transitions often, as once it is found
@@ -106,7 +106,8 @@ class Config:
 class DPT:
     """Transformer, optimiser and context, and the update that trains it on states and transitions.
 
-    A batch is a dict of query and best_actions [B], and states, actions, rewards, next_states [B, n].
+    A batch is a dict of query [B], best_actions [B, actions] (1 for each that is best), and states, actions,
+    rewards, next_states [B, n].
     """
 
     def __init__(self, config: Config, states: int, actions: int, device: torch.device):

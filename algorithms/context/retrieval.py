@@ -73,7 +73,7 @@ class Config:
     seed: int = 0  # of networks, batches, actions and evaluations
     variant: str = "default"  # names these settings in the run's folder and in the tables
     updates: Count = 10_000  # gradient updates
-    batch_size: Count = 64  # windows in an update
+    batch_size: Count = 64  # episodes in an update
     columns: Count = 10  # cells in a row of the room; 1: states are no cells, each is a thing of its own
     retrieve: bool = True  # false: without the memory, a decision transformer
     memory: Count = 64  # episodes in a memory, in training
@@ -195,8 +195,8 @@ class RADT:
                 self.memory.append(self.episode)
                 self.episode = []
         self.episode.append({"states": states, "actions": empty, "rewards": empty.astype(np.float32)})
-        batch, blank = {}, self.episode + [self.episode[0]] * (self.actor.steps - len(self.episode))
-        episodes = self.memory or [blank]  # at first there is none
+        blank = self.episode + [self.episode[0]] * (self.actor.steps - len(self.episode))
+        batch, episodes = {}, self.memory or [blank]  # at first one that counts for nothing: `real` below
         for name in ("states", "actions", "rewards"):
             batch[name] = torch.as_tensor(np.stack([step[name] for step in self.episode], 1), device=device)
             past = np.stack([np.stack([step[name] for step in episode], 1) for episode in episodes], 1)
