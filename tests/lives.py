@@ -13,13 +13,11 @@ SHORT |= {"checkpoint_every": 3, "threads": 1, "compile": "false", "wandb_mode":
 
 
 @pytest.fixture(scope="module")
-def rooms(tmp_path_factory):
-    """The Minari root of a dark room of two learners a goal, twelve episodes each."""
+def rooms(minari_root):
+    """A dark room of two learners a goal, twelve episodes each, beside the session's other datasets."""
     room = load_script("collect/dark_room.py")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("rooms")))
-        room.collect_lives(room.Config(learners=2, episodes=12))
-        yield minari.load_dataset(NAME)
+    room.collect_lives(room.Config(learners=2, episodes=12))
+    return minari.load_dataset(NAME)
 
 
 def arguments(output_dir, **fields) -> list[str]:
