@@ -16,9 +16,11 @@ SMALL = {"context": 4, "vae_hidden_dim": 8, "target_samples": 2, "act_samples": 
 SMALL |= {"plan_horizon": 2, "act_beams": 2, "bins": 10}
 SMALL |= {"behavior_updates": 4}  # of 20 or more
 SMALL |= {"model_hidden_dim": 8, "model_epochs": 2}
-SMALL_OF = {"diffuser": {"diffusion_steps": 3, "act_horizon": 8, "levels": 1}}  # these alone
+SMALL_OF = {  # these alone
+    "diffuser": {"diffusion_steps": 3, "act_horizon": 8, "levels": 1},
+    "trajectory_transformer": {"hidden_layers": 2, "plan_horizon": 1},
+}
 SMALL |= {"rollout_every": 5, "rollout_batch": 20, "rollouts_kept": 2, "halt_deviations": 1.0}
-
 
 
 def small(script, dataset: str, output_dir: Path, **fields) -> list[str]:

@@ -41,6 +41,8 @@ from runs import (  # noqa: E402
 
 pytest_plugins = ["runs"]
 NEVER = ("never", 0)
+# A script for each form of `train` and of batch; Ctrl-C and a resume are tested for all.
+KILLED = ["diffuser", "dt", "idql", "iql", "mopo", "q_chunking", "rebrac", "td3_bc"]
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +124,13 @@ def codes(whole: list[tuple], torn: list[tuple], folder: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def killed(scripts, brief, tmp_path_factory) -> Path:
-    """An output folder with two runs of every script: `whole`, and `killed` three times and then left to end.
+    """An output folder with two runs of each of KILLED: `whole`, and `killed` three times and then ended.
 
     Evaluations and checkpoints keep different time, so that both happen between two of the other. TD3+BC
     dies at more moments, and IQL's logs and checkpoints come at other updates after its second death.
     """
     folder, whole, torn = tmp_path_factory.mktemp("killed"), [], []
-    for name in OFFLINE:
+    for name in KILLED:
         draw = random.Random(name).randint
         deaths = [("rename", draw(1, 6)), ("update", draw(21, 45)), ("final", 1), NEVER]
         if name == "td3_bc":
@@ -145,7 +147,7 @@ def killed(scripts, brief, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", OFFLINE)
+@pytest.mark.parametrize("name", KILLED)
 def test_a_run_killed_again_and_again_ends_in_the_same_bits(killed, brief, name):
     whole, torn = [place(killed, name, brief[0], variant) for variant in ("whole", "killed")]
     assert checkpoint(whole)["updates"] == 80
@@ -158,8 +160,8 @@ def test_the_killed_runs_went_on_from_their_checkpoints(killed):
     """Not from the start: that would end in the same bits too."""
     lines = (killed / "log").read_text().splitlines()
     resumed = [int(line.split()[-1]) for line in lines if line.startswith("resumed at update")]
-    assert len(resumed) == 2 * len(OFFLINE) + 3
-    assert resumed.count(80) == len(OFFLINE)  # after the death in the final evaluation
+    assert len(resumed) == 2 * len(KILLED) + 3
+    assert resumed.count(80) == len(KILLED)  # after the death in the final evaluation
     assert {*resumed} >= {20, 80}
     assert not [line for line in lines if "maybe other bits" in line]
 

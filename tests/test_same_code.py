@@ -27,7 +27,7 @@ LIMITS = {  # own part, train, first line of `update`, toolbox with its banner; 
     "algorithms/language/dpo.py": (466, 50, 150, 657),  # texts, a reference, continuations
     "algorithms/context/": (380, 50, 150, 657),  # lives, and how they are lived
     "algorithms/context/multitask.py": (446, 50, 150, 657),  # several sets and environments
-    "algorithms/context/retrieval.py": (472, 50, 170, 657),  # a memory as well
+    "algorithms/context/retrieval.py": (480, 50, 170, 657),  # a memory as well
     "algorithms/offline/mopo.py": (474, 50, 150, 766),  # a model to fit, to check and to roll out
     "algorithms/offline/combo.py": (474, 50, 150, 766),
     "algorithms/offline/morel.py": (474, 50, 150, 766),

@@ -124,7 +124,7 @@ class RADT:
             self.actor.parameters(), config.actor_lr, weight_decay=config.weight_decay, fused=True)
         self.actor_schedule = torch.optim.lr_scheduler.LambdaLR(
             self.actor_optimizer, lambda update: min((update + 1) / config.warmup_updates, 1))
-        self.memory, self.episode = [], []  # episodes that are over, and steps of the one that is not
+        self.memory = []  # episodes that are over
 
     def actor_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         steps = torch.arange(batch["states"].shape[1], device=batch["states"].device)
@@ -183,38 +183,47 @@ class RADT:
         `last` has actions, rewards and ended [G]: whether the step was the last of its episode, which all
         agents must reach at the same time.
         """
-        device, empty = next(self.actor.parameters()).device, np.zeros(len(states), int)
         if last is None:
             self.memory.clear()
-            self.episode.clear()
+            self.begin_episode(len(states))
         else:
-            self.episode[-1] |= {"actions": last["actions"], "rewards": np.float32(last["rewards"])}
-            if last["ended"].any():
-                if not last["ended"].all():
-                    raise UserError("RA-DT takes agents whose episodes end together")
-                self.memory.append(self.episode)
-                self.episode = []
-        self.episode.append({"states": states, "actions": empty, "rewards": empty.astype(np.float32)})
-        blank = self.episode + [self.episode[0]] * (self.actor.steps - len(self.episode))
-        batch, episodes = {}, self.memory or [blank]  # at first one that counts for nothing: `real` below
-        for name in ("states", "actions", "rewards"):
-            batch[name] = torch.as_tensor(np.stack([step[name] for step in self.episode], 1), device=device)
-            past = np.stack([np.stack([step[name] for step in episode], 1) for episode in episodes], 1)
-            batch[f"memory_{name}"] = torch.as_tensor(past, device=device)  # [G, M, T]
-        real = np.full((len(states), len(episodes)), bool(self.memory))
-        batch["memory_real"] = torch.as_tensor(real, device=device).float()
-        rewards = batch["rewards"].float()
-        to_go = self.config.target - (rewards.cumsum(1) - rewards)  # (8) [G, t]
-        seen = torch.ones_like(rewards)
-        seen[:, -1] = 0  # its action is not chosen yet
-        steps = self.actor.steps - rewards.shape[1]
-        names = ("states", "actions", "rewards")
-        whole = {name: nn.functional.pad(batch[name], (0, steps)) for name in names}
-        kept, weights = self.retrieve(batch | whole, nn.functional.pad(seen, (0, steps)))
+            self.remember(last)
+        self.episode["states"][:, self.step] = states
+        batch = self.recollect()
+        earned = batch["rewards"].cumsum(1) - batch["rewards"]  # before each step
+        to_go = self.config.target - earned  # (8) [G, T]
+        seen = torch.zeros_like(earned)
+        seen[:, : self.step] = 1  # the action of this step is not chosen yet
+        kept, weights = self.retrieve(batch, seen)
         self.actor.eval()  # without dropout
-        logits = self.actor(batch, to_go, kept, weights)[:, -1]
+        logits = self.actor(batch, to_go, kept, weights)[:, self.step]  # which sees no later step
         self.actor.train()
         return torch.distributions.Categorical(logits=logits).sample().cpu().numpy()
+
+    def begin_episode(self, agents: int) -> None:
+        self.step, empty = 0, np.zeros((agents, self.actor.steps), int)
+        self.episode = {"states": empty, "actions": empty.copy(), "rewards": empty.astype(np.float32)}
+
+    def remember(self, last: dict) -> None:
+        """Notes what the step came to; an episode that is over goes into the memory."""
+        for name in ("actions", "rewards"):
+            self.episode[name][:, self.step] = last[name]
+        self.step += 1
+        if last["ended"].any():
+            if not last["ended"].all():
+                raise UserError("RA-DT takes agents whose episodes end together")
+            self.memory.append(self.episode)
+            self.begin_episode(len(last["ended"]))
+
+    def recollect(self) -> dict[str, Tensor]:
+        """The episode so far [G, T], zeros after it, and those that are over [G, M, T]: as in a batch."""
+        over, batch = self.memory or [self.episode], dict(self.episode)
+        for name in self.episode:
+            batch[f"memory_{name}"] = np.stack([episode[name] for episode in over], 1)
+        real = np.float32(bool(self.memory))  # at first what stands there for a memory is none
+        batch["memory_real"] = np.full(batch["memory_states"].shape[:2], real)
+        device = next(self.actor.parameters()).device
+        return {name: torch.as_tensor(column, device=device) for name, column in batch.items()}
 
 
 # -------------------------------------------- Networks --------------------------------------------
