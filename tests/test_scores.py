@@ -19,6 +19,8 @@ SETTINGS = {  # of `short`
 README = """# Title
 <!-- algorithms:begin -->
 <!-- algorithms:end -->
+<!-- families:begin -->
+<!-- families:end -->
 In between, with a \\ in it.
 <!-- scores:begin -->
 stale
@@ -300,8 +302,14 @@ def test_the_table_of_algorithms(root, scores, run):
         assert "Toolbox" in text[own]
         assert row[column] == ("8.2 (1)" if path.stem == "bc" else "")
         assert row["Updates"] == ("40" if path.stem == "bc" else "")
-    assert any("(algorithms/collect/sac.py)" in line for line in lines)
-    assert not any("pointmaze.py" in line for line in lines)  # it makes data and learns nothing
+    begin, end = (lines.index(f"<!-- families:{end} -->") for end in ("begin", "end"))
+    others = "\n".join(lines[begin:end])
+    for path in (ROOT / "algorithms").glob("*/*.py"):
+        named = f"](algorithms/{path.parent.name}/{path.name})" in others
+        only_makes_data = path.parent.name == "collect" and "def update(self" not in path.read_text()
+        assert named == (path.parent.name not in {"offline", "tutorial"} and not only_makes_data)
+    assert "[docs" not in others
+    assert all((ROOT / page).exists() for page in re.findall(r"\((docs/\w+\.md)\)", others))
 
 
 def test_every_script_of_offline_has_a_route(scores):

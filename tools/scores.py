@@ -48,7 +48,7 @@ YARDSTICKS = {  # columns of the table of algorithms
     "halfcheetah: mixed": "reef/halfcheetah/medium-replay-v1",
     "hopper: two policies": "reef/hopper/medium-expert-v1",
 }
-ROUTES = {  # groups its rows; a script that is not named here is in the group of its family
+ROUTES = {  # groups its rows
     "Imitation": ["bc"],
     "Behaviour constraint": ["td3_bc", "rebrac", "bcq", "bear", "brac"],
     "Advantage-weighted": ["awac"],
@@ -59,13 +59,13 @@ ROUTES = {  # groups its rows; a script that is not named here is in the group o
     "Generative policies": ["diffusion_policy", "diffusion_ql", "idql", "fql", "q_chunking", "diffuser"],
     "Model-based": ["mopo", "morel", "combo"],
 }
-FAMILIES = {
-    "finetune": "Offline, then online",
-    "discrete": "Choices",
-    "evaluate": "Value from logs",
-    "language": "Language",
-    "context": "In context",
-    "collect": "Online (makes our data)",
+FAMILIES = {  # rows of the table of families: what they are for, and the page about them
+    "finetune": ("Offline, then online", "docs/online.md"),
+    "discrete": ("Choices instead of vectors", "docs/values.md"),
+    "evaluate": ("What a policy is worth, by logs", "docs/values.md"),
+    "language": ("Language models", "docs/language.md"),
+    "context": ("Learning in context; many tasks", "docs/context.md"),
+    "collect": ("Online, to make data", "docs/data.md"),
 }
 
 
@@ -177,49 +177,59 @@ def is_learner(text: str) -> bool:
     return "\n    def update(self" in text
 
 
-def route(family: str, algorithm: str) -> str:
-    """The group of a script in the table of algorithms."""
-    named = [name for name, members in ROUTES.items() if family == "offline" and algorithm in members]
-    return [*named, FAMILIES.get(family, family)][0]
+def describe(path: Path) -> dict:
+    """A script's name and paper as links, its own lines and those of its toolbox."""
+    text = path.read_text()
+    name = re.match(r'"""([^:,]+)', text)[1]
+    paper, number = re.match(r".*\((.+?, \d{4})(?:, arXiv:([\d.]+))?", text).groups()
+    lines = text.splitlines()
+    banners = [index for index, line in enumerate(lines) if re.match("# -+ Toolbox", line)]
+    own = banners[0] if banners else len(lines)  # one without a toolbox is all its own
+    return {
+        "name": link(name, path.relative_to(ROOT)),
+        "paper": f"[{paper}](https://arxiv.org/abs/{number})" if number else paper,
+        "own": own,
+        "toolbox": len(lines) - own,
+    }
 
 
 def algorithms_table(finals: pd.DataFrame) -> str:
-    """A row a learner, by route: its paper, lines (own + toolbox) and scores on the yardsticks."""
-    rows, finals = [], finals[finals["variant"] == "default"]
-    for path in sorted((ROOT / "algorithms").glob("*/*.py")):
-        text, (_, family, file) = path.read_text(), path.relative_to(ROOT).parts
-        if not is_learner(text):
-            continue
-        name = re.match(r'"""([^:,]+)', text)[1]
-        paper, number = re.match(r".*\((.+?, \d{4}), (?:arXiv:([\d.]+))?", text).groups()
-        lines = text.splitlines()
-        banners = [index for index, line in enumerate(lines) if re.match("# -+ Toolbox", line)]
-        own = banners[0] if banners else len(lines)  # one without a toolbox is all its own
-        row = {
-            "Route": route(family, path.stem),
-            "Algorithm": link(name, f"algorithms/{family}/{file}"),
-            "Paper": f"[{paper}](https://arxiv.org/abs/{number})" if number else paper,
-            "Lines": f"{own} + {len(lines) - own}",
-        }
-        ours = finals[(finals["family"] == family) & (finals["algorithm"] == path.stem)]
-        for column, dataset in YARDSTICKS.items():
-            found = ours[ours["dataset"] == dataset]
-            few = f" ({len(found)})" if 0 < len(found) < 3 else ""
-            row[column] = show(found["score"]) + few if len(found) else ""
-        updates = ours[ours["dataset"].isin(YARDSTICKS.values())]["update"].unique()
-        row["Updates"] = " to ".join(f"{count:,}" for count in sorted({*updates.tolist()}))
-        rows.append(row)
-    order = [*ROUTES, *FAMILIES.values()]
-    rows.sort(key=lambda row: order.index(row["Route"]) if row["Route"] in order else len(order))
+    """A row a script of algorithms/offline, by route: its paper, lines (own + toolbox) and scores."""
+    rows, finals = [], finals[(finals["family"] == "offline") & (finals["variant"] == "default")]
+    for route, members in ROUTES.items():
+        for algorithm in sorted(members):
+            found = describe(ROOT / "algorithms/offline" / f"{algorithm}.py")
+            row = {"Route": route if algorithm == min(members) else "", "Algorithm": found["name"]}
+            row |= {"Paper": found["paper"], "Lines": f"{found['own']} + {found['toolbox']}"}
+            ours = finals[finals["algorithm"] == algorithm]
+            for column, dataset in YARDSTICKS.items():
+                scores = ours[ours["dataset"] == dataset]["score"]
+                few = f" ({len(scores)})" if 0 < len(scores) < 3 else ""
+                row[column] = show(scores) + few if len(scores) else ""
+            updates = ours[ours["dataset"].isin(YARDSTICKS.values())]["update"].unique()
+            row["Updates"] = " to ".join(f"{count:,}" for count in sorted({*updates.tolist()}))
+            rows.append(row)
     table = pd.DataFrame(rows)
-    table["Route"] = table["Route"].where(~table["Route"].duplicated(), "")
     return markdown(table.columns, table.to_numpy())
+
+
+def families_table() -> str:
+    """A row a family of other scripts, each with its paper and its own lines."""
+    rows = []
+    for family, (purpose, page) in FAMILIES.items():
+        paths = sorted((ROOT / "algorithms" / family).glob("*.py"))
+        learners = [path for path in paths if family != "collect" or is_learner(path.read_text())]
+        found = [describe(path) for path in learners]
+        scripts = [f"{script['name']} ({script['paper']}; {script['own']} lines)" for script in found]
+        rows.append([purpose, ", ".join(scripts), link(Path(page).stem, page)])
+    return markdown(["What for", "Scripts", "Page"], rows)
 
 
 def pages() -> dict[str, str]:
     """README.md and docs/scores.md with their tables made anew from results/scores and the scripts."""
     finals, texts = read_scores().query("phase == 'final'"), {}
-    tables = {"algorithms": algorithms_table(finals), "scores": scores_table(finals)}
+    tables = {"algorithms": algorithms_table(finals), "families": families_table()}
+    tables["scores"] = scores_table(finals)
     for file in ("README.md", "docs/scores.md"):
         texts[file] = (ROOT / file).read_text()
         for name, table in tables.items():
