@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import OFFLINE, ROOT, load_script, new_learner, random_episodes, short
+from runs import SMALL_OF
 
 
 @pytest.fixture
@@ -171,7 +172,8 @@ def test_evaluation_leaves_every_generator_alone(scripts, name):
     """And the networks: their weights, and the mode in which dropout works."""
     script = scripts[name]
     dropout = {"dropout": 0.5} if hasattr(script.Config, "dropout") else {}
-    learner = new_learner(script, script.Config(hidden_dim=8, **dropout), 3, 1)
+    config = script.Config(hidden_dim=8, **dropout, **SMALL_OF.get(name, {}))
+    learner = new_learner(script, config, 3, 1)
     remembers = hasattr(script, "LastRewards")
     act = partial(learner.act, rewards=None) if remembers else learner.act  # None: an episode begins
     environments = vector(lambda: gym.make("Pendulum-v1", max_episode_steps=5))
