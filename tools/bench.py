@@ -2,12 +2,18 @@
 
 For each script and thread count one process builds three learners on random data of Hopper's shapes: the
 yardstick (`--compile false --precision highest`), the default (compiled), and compiled with `--precision
-medium`. They train in turns, A B C A B C ..., so that a slow moment of the machine hits all three; ratios are
-of medians over the turns. Absolute numbers belong to the machine they were taken on, ratios travel better.
+medium`. They train in turns, A B C A B C ..., so that a slow moment of the machine hits all three; a ratio is
+the median over the rounds. Absolute numbers belong to the machine they were taken on, ratios travel better.
 
-  python tools/bench.py                    all scripts, one and two threads (and a GPU, where there is one)
-  python tools/bench.py td3_bc --turns 3   one script, quicker
-  python tools/bench.py sac_n --sweep critics 2 10 50   what a field costs: milliseconds by its values
+  python tools/bench.py        all scripts, with one and two threads (and a GPU, where there is one): an hour
+  python tools/bench.py td3_bc --turns 3                        one script, quicker
+  python tools/bench.py td3_bc --peer CORL/algorithms/offline   beside another folder's script of that name
+  python tools/bench.py sac_n --sweep critics 2 10 50 500       what a field costs: time against work, memory
+
+A peer is in the form of CORL's scripts and trains as it does by itself (tools/peers.py), by its own settings
+but for the device and the batch size, which are ours; it takes its turns in the same process. Whether both do
+the same work is seen in the last columns: the parameters that each trains.
+A sweep measures the default alone. Its peak memory is on a GPU what tensors took, else the whole process's.
 """
 
 import argparse
@@ -36,7 +42,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 OBS_DIM, ACT_DIM = 11, 3  # Hopper-v5
-MINUTES = 1.0  # of a measurement, about: half of it goes into compiling
+AT_LEAST, WARM_UP = 2, 20  # updates: in a turn, whatever its length, and before the first, or 5 seconds
+MINUTES = 1.2  # that a script takes at one place, about: half a minute goes into compiling
+PLACES = ["cpu:1", "cpu:2"] + ["cuda:1"] * torch.cuda.is_available()  # device:threads
 VARIANTS = {
     "eager": {"compile": False, "precision": "highest"},
     "default": {"compile": True, "precision": "highest"},
@@ -126,13 +134,15 @@ class Entrant:
         if config.compile:
             script.compile_methods(self.learner, *compiled_methods(script))
         self.batches = draw(script, self.learner, episodes, config)
-        run_updates(self.learner, self.batches, 20, device)  # compile and warm up
-        self.speed = run_updates(self.learner, self.batches, 5, device)
+        run_updates(self.learner, self.batches, AT_LEAST, device)  # compiles
+        speed = run_updates(self.learner, self.batches, AT_LEAST, device)
+        warm_up = max(AT_LEAST, min(WARM_UP, int(5 * speed)))
+        self.speed = run_updates(self.learner, self.batches, warm_up, device)
 
     def take_turn(self, seconds: float) -> float:
         """Updates per second over about so many: the whole loop but for evaluation and records."""
         torch.set_float32_matmul_precision(self.precision)
-        count = max(5, int(seconds * self.speed))
+        count = max(AT_LEAST, int(seconds * self.speed))
         self.speed = run_updates(self.learner, self.batches, count, self.device)
         return self.speed
 
@@ -152,30 +162,31 @@ def measure_beside(
     file: Path, script, configs: dict, device: torch.device, turns: int, seconds: float
 ) -> tuple[dict[str, list], dict[str, float]]:
     """`measure`, the script in `file` first in each round, and what both train: millions of parameters."""
-    episodes = random_episodes()
+    episodes, batch_size = random_episodes(), next(iter(configs.values())).batch_size
+    peer = peers.Peer(file, batch_size, device, episodes)
     entrants = {variant: Entrant(script, config, device, episodes) for variant, config in configs.items()}
     speeds = {variant: [] for variant in ("peer", *entrants)}
 
     def course() -> Iterator[None]:
         """All that happens while the peer trains; it makes an update at every `yield`."""
-        for _ in range(20):  # warm up
+        count, began = 0, time.perf_counter()
+        while count < AT_LEAST or (count < WARM_UP and time.perf_counter() - began < 5):
             yield
+            count += 1
         for _ in range(turns):
-            count, began = 0, time.perf_counter()
-            while count < 5 or time.perf_counter() - began < seconds:
+            count, began = 0, now(device)
+            while count < AT_LEAST or time.perf_counter() - began < seconds:
                 yield
                 count += 1
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            speeds["peer"].append(count / (time.perf_counter() - began))
+            speeds["peer"].append(count / (now(device) - began))
             precision = torch.get_float32_matmul_precision()
             for variant, entrant in entrants.items():
                 speeds[variant].append(entrant.take_turn(seconds))
             torch.set_float32_matmul_precision(precision)
         raise peers.Measured
 
-    batch_size = next(iter(configs.values())).batch_size
-    theirs = peers.run(file, batch_size, device, episodes, course())
+    torch.set_float32_matmul_precision("highest")  # as torch begins
+    theirs = peer.run(course())
     learner = next(iter(entrants.values())).learner
     trained = [group["params"] for each in script.optimizers(learner) for group in each.param_groups]
     ours = sum(parameter.numel() for parameters in trained for parameter in parameters)
@@ -203,12 +214,17 @@ def peak_memory(device: torch.device) -> float:
 
 def run_updates(learner, batches, count: int, device: torch.device) -> float:
     """Updates per second over `count` updates."""
-    began = time.perf_counter()
+    began = now(device)
     for _ in range(count):
         learner.update(next(batches))
+    return count / (now(device) - began)
+
+
+def now(device: torch.device) -> float:
+    """The time, when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return count / (time.perf_counter() - began)
+    return time.perf_counter()
 
 
 def measure_evaluation(turns: int) -> float:
@@ -274,6 +290,8 @@ def choose(arguments: argparse.Namespace) -> list[str]:
     known = sorted(path.stem for path in (ROOT / "algorithms/offline").glob("*.py"))
     names, able, lack = arguments.scripts or known, known, f"not one of {', '.join(known)}"
     if arguments.peer:
+        if not arguments.peer.is_dir():
+            raise UserError(f"--peer {arguments.peer}: no such folder")
         able = [name for name in known if peers.find_script(arguments.peer, name)]
         lack = f"no script of this name in {arguments.peer}"
     if arguments.sweep:
@@ -337,6 +355,7 @@ def number(value: float) -> str:
 def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("scripts", nargs="*", help="names of algorithms/offline; else all that can be")
+    parser.add_argument("--places", nargs="+", choices=PLACES, default=PLACES, help="devices with threads")
     parser.add_argument("--turns", type=int, default=5, help="turns of each variant")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn")
     asked = parser.add_mutually_exclusive_group()
@@ -348,9 +367,8 @@ def main() -> int | None:
         return measure_here(arguments)
 
     names, began = choose(arguments), time.perf_counter()
-    places = ["cpu:1", "cpu:2"] + ["cuda:1"] * torch.cuda.is_available()
     field, *values = arguments.sweep or [None, None]
-    jobs = [(name, place, value) for name in names for place in places for value in values]
+    jobs = [(name, place, value) for name in names for place in arguments.places for value in values]
     print(f"torch {torch.__version__} on {machine()}; about {len(jobs) * MINUTES:.0f} minutes")
     rows = []
     for name, place, value in tqdm(jobs, disable=None):

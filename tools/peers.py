@@ -99,19 +99,6 @@ def stand_ins(episodes: list[dict[str, np.ndarray]]) -> dict[str, SimpleNamespac
     }
 
 
-@contextmanager
-def in_place(modules: dict[str, SimpleNamespace]) -> Iterator[None]:
-    """An `import` finds these. (mock.patch.dict would in the end forget all that was imported meanwhile.)"""
-    before = {name: sys.modules[name] for name in modules if name in sys.modules}
-    sys.modules.update(modules)
-    try:
-        yield
-    finally:
-        for name in modules:
-            del sys.modules[name]
-        sys.modules.update(before)
-
-
 # --------------------------------------------- Its training ---------------------------------------------
 
 
@@ -138,25 +125,47 @@ class Clock:
             self.waiting = False
 
 
-def run(file: Path, batch_size: int, device: torch.device, episodes: list, course: Iterator) -> int:
-    """Trains by the script until `course` raises Measured; the number of parameters that it trained."""
-    clock, silence = Clock(course), io.StringIO()
-    hook = register_optimizer_step_post_hook(clock)
-    try:
-        with in_place(stand_ins(episodes)), redirect_stdout(silence), redirect_stderr(silence):
-            train, config_class = read_script(file)
-            train(settings(config_class, batch_size, device))
-    except Measured:
-        return sum(clock.sizes.values())
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
-    except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{line.filename}, line {line.lineno}"
-        raise UserError(f"{file}: {type(error).__name__}: {error} ({place})") from error
-    finally:
-        hook.remove()
-    raise UserError(f"{file}: training ended before it was measured; does it step torch's optimisers?")
+class Peer:
+    """The training of the script in `file`, ready to run; a UserError says in one line why it cannot."""
+
+    def __init__(self, file: Path, batch_size: int, device: torch.device, episodes: list):
+        self.file, self.modules = file, stand_ins(episodes)
+        with self.surroundings():
+            self.train, config_class = read_script(file)
+            self.config = settings(config_class, batch_size, device)
+
+    def run(self, course: Iterator) -> int:
+        """Trains until `course` raises Measured; the number of parameters that were trained."""
+        clock = Clock(course)
+        hook = register_optimizer_step_post_hook(clock)
+        try:
+            with self.surroundings():
+                self.train(self.config)
+                raise UserError("training ended before it was measured; does it step optimisers of torch?")
+        except Measured:
+            return sum(clock.sizes.values())
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """What it imports is found, what it prints is not seen, its errors are ours to tell."""
+        before = {name: sys.modules[name] for name in self.modules if name in sys.modules}
+        sys.modules.update(self.modules)
+        silence = io.StringIO()
+        try:
+            with redirect_stdout(silence), redirect_stderr(silence):
+                yield
+        except UserError as error:
+            raise UserError(f"{self.file}: {error}") from error
+        except (Exception, SystemExit) as error:
+            line = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{type(error).__name__}: {error} ({line.filename}, line {line.lineno})"
+            raise UserError(f"{self.file}: {what}") from error
+        finally:
+            for name in self.modules:
+                del sys.modules[name]
+            sys.modules.update(before)
 
 
 def read_script(file: Path) -> tuple[Callable, type]:
