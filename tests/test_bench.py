@@ -127,6 +127,7 @@ def test_a_peer_trains_by_its_own_loop_on_our_data_until_it_is_measured(peer, ca
     assert [*np.flatnonzero(data["terminals"])] == [*np.flatnonzero(data["timeouts"])] == [39, 79, 119]
     assert parameters == (11 * 3 + 3) + (14 + 1)
     assert before == {name: sys.modules.get(name) for name in before}
+    assert not torch.optim.optimizer._global_optimizer_post_hooks
     assert capsys.readouterr() == ("", "")
 
 

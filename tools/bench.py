@@ -369,7 +369,7 @@ def main() -> int | None:
     names, began = choose(arguments), time.perf_counter()
     field, *values = arguments.sweep or [None, None]
     jobs = [(name, place, value) for name in names for place in arguments.places for value in values]
-    print(f"torch {torch.__version__} on {machine()}; about {len(jobs) * MINUTES:.0f} minutes")
+    print(f"torch {torch.__version__} on {machine()}; about {len(jobs) * MINUTES:.0f} min")
     rows = []
     for name, place, value in tqdm(jobs, disable=None):
         measured = measure_in_child(name, place, value, arguments)
@@ -384,7 +384,7 @@ def main() -> int | None:
         torch.set_num_threads(1)
         step = measure_evaluation(arguments.turns)
         print(f"Evaluation in 10 Hopper-v5 environments, one thread: {step:.3f} ms per environment step")
-    print(f"{(time.perf_counter() - began) / 60:.1f} minutes")
+    print(f"{(time.perf_counter() - began) / 60:.1f} min")
     return 0 if len(rows) == len(jobs) else 2
 
 
