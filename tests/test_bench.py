@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import OFFLINE, ROOT
 from runs import SMALL
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 sys.path.insert(0, str(ROOT / "tools"))
 bench = importlib.import_module("bench")
@@ -114,6 +115,7 @@ def test_every_script_updates_on_what_is_drawn_for_it(name):
 
 def test_a_peer_trains_by_its_own_loop_on_our_data_until_it_is_measured(peer, capsys):
     before = {name: sys.modules.get(name) for name in ("d4rl", "gym", "wandb")}
+    hooks = [*_global_optimizer_post_hooks]
     parameters = run(peer(), updates=10)
     seen = sys.modules["peer"].seen
     assert [each["update"] for each in seen] == list(range(1, 12))  # one for each yield after the first
@@ -127,7 +129,7 @@ def test_a_peer_trains_by_its_own_loop_on_our_data_until_it_is_measured(peer, ca
     assert [*np.flatnonzero(data["terminals"])] == [*np.flatnonzero(data["timeouts"])] == [39, 79, 119]
     assert parameters == (11 * 3 + 3) + (14 + 1)
     assert before == {name: sys.modules.get(name) for name in before}
-    assert not torch.optim.optimizer._global_optimizer_post_hooks
+    assert hooks == [*_global_optimizer_post_hooks]
     assert capsys.readouterr() == ("", "")
 
 
