@@ -113,7 +113,8 @@ def test_every_script_updates_on_what_is_drawn_for_it(name):
 # ---------------------------------------- Another folder's script ----------------------------------------
 
 
-def test_a_peer_trains_by_its_own_loop_on_our_data_until_it_is_measured(peer, capsys):
+def test_a_peer_trains_by_its_own_loop_on_our_data_until_it_is_measured(peer, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())  # the real one, say
     before = {name: sys.modules.get(name) for name in ("d4rl", "gym", "wandb")}
     hooks = [*_global_optimizer_post_hooks]
     parameters = run(peer(), updates=10)
