@@ -2,12 +2,18 @@
 
 For each script and thread count one process builds three learners on random data of Hopper's shapes: the
 yardstick (`--compile false --precision highest`), the default (compiled), and compiled with `--precision
-medium`. They train in turns, A B C A B C ..., so that a slow moment of the machine hits all three; ratios are
-of medians over the turns. Absolute numbers belong to the machine they were taken on, ratios travel better.
+medium`. They train in turns, A B C A B C ..., so that a slow moment of the machine hits all three; a ratio is
+the median over the rounds. Absolute numbers belong to the machine they were taken on, ratios travel better.
 
-  python tools/bench.py                    all scripts, one and two threads (and a GPU, where there is one)
-  python tools/bench.py td3_bc --turns 3   one script, quicker
-  python tools/bench.py sac_n --sweep critics 2 10 50   what a field costs: milliseconds by its values
+  python tools/bench.py        all scripts, with one and two threads (and a GPU, where there is one): an hour
+  python tools/bench.py td3_bc --turns 3                        one script, quicker
+  python tools/bench.py td3_bc --peer CORL/algorithms/offline   beside another folder's script of that name
+  python tools/bench.py sac_n --sweep critics 2 10 50 500       what a field costs: time against work, memory
+
+A peer is in the form of CORL's scripts and trains as it does by itself (tools/peers.py), by its own settings
+but for the device and the batch size, which are ours; it takes its turns in the same process. Whether both do
+the same work is seen in the last columns: the parameters that each trains.
+A sweep measures the default alone. Its peak memory is on a GPU what tensors took, else the whole process's.
 """
 
 import argparse
@@ -18,6 +24,7 @@ import json
 import os
 import platform
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -28,11 +35,16 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pandas as pd
+import peers
 import torch
+from common import ROOT, UserError, exit_status
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
 OBS_DIM, ACT_DIM = 11, 3  # Hopper-v5
+AT_LEAST, WARM_UP = 2, 20  # updates: in a turn, whatever its length, and before the first, or 5 seconds
+MINUTES = 1.2  # that a script takes at one place, about: half a minute goes into compiling
+PLACES = ["cpu:1", "cpu:2"] + ["cuda:1"] * torch.cuda.is_available()  # device:threads
 VARIANTS = {
     "eager": {"compile": False, "precision": "highest"},
     "default": {"compile": True, "precision": "highest"},
@@ -111,36 +123,108 @@ def draw(script, learner, episodes: list, config) -> Iterator[dict[str, torch.Te
     return (script.windows(data, batch["starts"], config.context) for batch in batches)
 
 
-def measure(name: str, device: torch.device, turns: int, seconds: float, fields: dict) -> dict[str, list]:
-    """{variant: updates per second of each turn}; the whole loop but for evaluation and records."""
-    script, episodes = load_script(name), random_episodes()
-    learners, speeds = {}, {variant: [] for variant in VARIANTS}
-    for variant, settings in VARIANTS.items():
-        config = dataclasses.replace(script.Config(), **settings, **fields)
+class Entrant:
+    """A learner of one of the variants, compiled and warmed up, with its batches."""
+
+    def __init__(self, script, config, device: torch.device, episodes: list):
+        self.device, self.precision = device, config.precision
         torch.set_float32_matmul_precision(config.precision)
         torch.manual_seed(0)
-        learner = new_learner(script, config, device)
+        self.learner = new_learner(script, config, device)
         if config.compile:
-            script.compile_methods(learner, *compiled_methods(script))
-        batches = draw(script, learner, episodes, config)
-        learners[variant] = config.precision, learner, batches
-        run_updates(learner, batches, 20, device)  # compile and warm up
+            script.compile_methods(self.learner, *compiled_methods(script))
+        self.batches = draw(script, self.learner, episodes, config)
+        run_updates(self.learner, self.batches, AT_LEAST, device)  # compiles
+        speed = run_updates(self.learner, self.batches, AT_LEAST, device)
+        warm_up = max(AT_LEAST, min(WARM_UP, int(5 * speed)))
+        self.speed = run_updates(self.learner, self.batches, warm_up, device)
+
+    def take_turn(self, seconds: float) -> float:
+        """Updates per second over about so many: the whole loop but for evaluation and records."""
+        torch.set_float32_matmul_precision(self.precision)
+        count = max(AT_LEAST, int(seconds * self.speed))
+        self.speed = run_updates(self.learner, self.batches, count, self.device)
+        return self.speed
+
+
+def measure(script, configs: dict, device: torch.device, turns: int, seconds: float) -> dict[str, list]:
+    """{variant: updates per second of each turn}."""
+    episodes = random_episodes()
+    entrants = {variant: Entrant(script, config, device, episodes) for variant, config in configs.items()}
+    speeds = {variant: [] for variant in entrants}
     for _ in range(turns):
-        for variant, (precision, learner, batches) in learners.items():
-            torch.set_float32_matmul_precision(precision)
-            count = max(5, int(seconds * run_updates(learner, batches, 5, device)))
-            speeds[variant].append(run_updates(learner, batches, count, device))
+        for variant, entrant in entrants.items():
+            speeds[variant].append(entrant.take_turn(seconds))
     return speeds
+
+
+def measure_beside(
+    file: Path, script, configs: dict, device: torch.device, turns: int, seconds: float
+) -> tuple[dict[str, list], dict[str, float]]:
+    """`measure`, the script in `file` first in each round, and what both train: millions of parameters."""
+    episodes, batch_size = random_episodes(), next(iter(configs.values())).batch_size
+    peer = peers.Peer(file, batch_size, device, episodes)
+    entrants = {variant: Entrant(script, config, device, episodes) for variant, config in configs.items()}
+    speeds = {variant: [] for variant in ("peer", *entrants)}
+
+    def course() -> Iterator[None]:
+        """All that happens while the peer trains; it makes an update at every `yield`."""
+        count, began = 0, time.perf_counter()
+        while count < AT_LEAST or (count < WARM_UP and time.perf_counter() - began < 5):
+            yield
+            count += 1
+        for _ in range(turns):
+            count, began = 0, now(device)
+            while count < AT_LEAST or time.perf_counter() - began < seconds:
+                yield
+                count += 1
+            speeds["peer"].append(count / (now(device) - began))
+            precision = torch.get_float32_matmul_precision()
+            for variant, entrant in entrants.items():
+                speeds[variant].append(entrant.take_turn(seconds))
+            torch.set_float32_matmul_precision(precision)
+        raise peers.Measured
+
+    torch.set_float32_matmul_precision("highest")  # as torch begins
+    theirs = peer.run(course())
+    learner = next(iter(entrants.values())).learner
+    trained = [group["params"] for each in script.optimizers(learner) for group in each.param_groups]
+    ours = sum(parameter.numel() for parameters in trained for parameter in parameters)
+    return speeds, {"M parameters": ours / 1e6, "peer's": theirs / 1e6}
+
+
+def multiply_adds(script, config, device: torch.device) -> float:
+    """Of an update, in millions: its products of matrices, in both directions, as torch counts them."""
+    config = dataclasses.replace(config, compile=False)
+    learner = new_learner(script, config, device)
+    batches = draw(script, learner, random_episodes(), config)
+    period = getattr(config, "policy_delay", 1)  # updates differ
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(period):
+            learner.update(next(batches))
+    return counter.get_total_flops() / 2 / period / 1e6
+
+
+def peak_memory(device: torch.device) -> float:
+    """Mebibytes: on a GPU what tensors took of it, else the process with all that it imported."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts in kibibytes
 
 
 def run_updates(learner, batches, count: int, device: torch.device) -> float:
     """Updates per second over `count` updates."""
-    began = time.perf_counter()
+    began = now(device)
     for _ in range(count):
         learner.update(next(batches))
+    return count / (now(device) - began)
+
+
+def now(device: torch.device) -> float:
+    """The time, when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return count / (time.perf_counter() - began)
+    return time.perf_counter()
 
 
 def measure_evaluation(turns: int) -> float:
@@ -160,52 +244,149 @@ def measure_evaluation(turns: int) -> float:
     return float(np.median(figures))
 
 
-def main() -> None:
-    names = sorted(path.stem for path in (ROOT / "algorithms/offline").glob("*.py"))
+# -------------------------------------------- The command line --------------------------------------------
+
+
+def measure_here(arguments: argparse.Namespace) -> None:
+    """One script at one place in this process; prints {"speeds": {variant: [...]}, "columns": {...}}."""
+    (name,), (kind, threads) = arguments.scripts, arguments.child.split(":")
+    device = torch.device(kind)
+    torch.set_num_threads(int(threads))
+    script = load_script(name)
+    # BRAC and BEAR begin with updates of another kind
+    early = ("behavior_updates", "warmup_updates") if name in ("brac", "bear") else ()
+    fields = {field: 0 for field in early if field in script.Config.__dataclass_fields__}
+    if arguments.sweep:
+        field, value = arguments.sweep
+        fields[field] = json.loads(value)
+    variants = {"default": VARIANTS["default"]} if arguments.sweep else VARIANTS
+    configs = {each: dataclasses.replace(script.Config(), **variants[each], **fields) for each in variants}
+    how = configs, device, arguments.turns, arguments.seconds
+    if arguments.peer:
+        speeds, columns = measure_beside(peers.find_script(arguments.peer, name), script, *how)
+    else:
+        speeds, columns = measure(script, *how), {}
+    if arguments.sweep:
+        columns["peak MiB"] = peak_memory(device)  # before the count, which has a learner of its own
+        columns["M multiply-adds"] = multiply_adds(script, configs["default"], device)
+    print(json.dumps({"speeds": speeds, "columns": columns}))
+
+
+def measure_in_child(name: str, place: str, value: str | None, arguments: argparse.Namespace) -> dict | None:
+    """What `measure_here` prints; None where it failed, of which stderr has the reason."""
+    command = [sys.executable, __file__, name, "--child", place]
+    command += ["--turns", str(arguments.turns), "--seconds", str(arguments.seconds)]
+    command += ["--peer", str(arguments.peer)] if arguments.peer else []
+    command += ["--sweep", arguments.sweep[0], value] if arguments.sweep else []
+    # Compiled code holds the number of threads it was made for: a cache of its own for each.
+    cache = Path(tempfile.gettempdir(), f"reef-bench-{place.replace(':', '-')}")
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    done = subprocess.run(command, check=False, env=environment, stdout=subprocess.PIPE, text=True)
+    return None if done.returncode else json.loads(done.stdout.splitlines()[-1])
+
+
+def choose(arguments: argparse.Namespace) -> list[str]:
+    """The scripts to measure: those named, else all that can be. UserError where one that is named cannot."""
+    known = sorted(path.stem for path in (ROOT / "algorithms/offline").glob("*.py"))
+    names, able, lack = arguments.scripts or known, known, f"not one of {', '.join(known)}"
+    if arguments.peer:
+        if not arguments.peer.is_dir():
+            raise UserError(f"--peer {arguments.peer}: no such folder")
+        able = [name for name in known if peers.find_script(arguments.peer, name)]
+        lack = f"no script of this name in {arguments.peer}"
+    if arguments.sweep:
+        field, *values = arguments.sweep
+        numbers = [value for value in values if re.fullmatch(r"\d+(\.\d+)?", value) and float(value) > 0]
+        if not values or values != numbers:
+            raise UserError(f"--sweep {' '.join(arguments.sweep)}: a field and numbers above 0 are wanted")
+        able = [name for name in names if field in load_script(name).Config.__dataclass_fields__]
+        lack = f"no {field} among its settings"
+    unable = sorted(set(names) - set(able))
+    if unable and (arguments.scripts or not able):
+        raise UserError(f"{', '.join(unable)}: {lack}")
+    return [name for name in names if name in able]
+
+
+def machine() -> str:
+    """Its processor and cards by name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    processors = re.findall("model name\t: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    cards = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return ", ".join([*processors[:1], platform.machine(), f"{os.cpu_count()} cores", *cards])
+
+
+def ratios(speeds: dict[str, list], base: str) -> dict[str, float]:
+    """Of the others to that variant: medians over the rounds, in each of which every variant takes a turn."""
+    others = {variant: turns for variant, turns in speeds.items() if variant != base}
+    return {f"{each}/{base}": float(np.median(np.divide(others[each], speeds[base]))) for each in others}
+
+
+def show_speeds(rows: list[dict], base: str) -> None:
+    """Prints them: medians over the turns, and ratios to the variant `base`."""
+    lines = []
+    for row in rows:
+        speeds, columns = row.pop("speeds"), row.pop("columns")
+        medians = {variant: float(np.median(turns)) for variant, turns in speeds.items()}
+        lines.append(row | medians | ratios(speeds, base) | columns)
+    print(f"Updates per second (medians) and ratios to {base}, batch and networks as by default:")
+    print(pd.DataFrame(lines).to_string(index=False, float_format=number))
+
+
+def show_costs(rows: list[dict], field: str) -> None:
+    """Prints them: time of an update against its work, each also as a multiple of the first value's."""
+    lines = []
+    for row in rows:
+        speeds, columns = row.pop("speeds"), row.pop("columns")
+        milliseconds = 1000 / float(np.median(speeds["default"]))
+        rate = columns["M multiply-adds"] / milliseconds
+        lines.append(row | {"ms": milliseconds, "G multiply-adds/s": rate} | columns)
+    table = pd.DataFrame(lines)
+    first = table.groupby(["script", "device:threads"]).transform("first")
+    for name, column in ((f"{field} x", field), ("work x", "M multiply-adds"), ("ms x", "ms")):
+        table[name] = table[column] / first[column]
+    print(f"What an update costs by {field}, compiled (medians), and multiples of the first value's:")
+    print(table.to_string(index=False, float_format=number))
+
+
+def number(value: float) -> str:
+    return f"{value:.2f}" if value < 20 else f"{value:,.0f}"
+
+
+def main() -> int | None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("scripts", nargs="*", default=names, help=f"some of {', '.join(names)}; else all")
-    parser.add_argument("--turns", type=int, default=9, help="turns of each variant")
+    parser.add_argument("scripts", nargs="*", help="names of algorithms/offline; else all that can be")
+    parser.add_argument("--places", nargs="+", choices=PLACES, default=PLACES, help="devices with threads")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each variant")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn")
-    parser.add_argument("--sweep", nargs="+", default=[], metavar="FIELD VALUE", help="a field, and numbers")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--peer", type=Path, metavar="FOLDER", help="of scripts like CORL's, to time beside")
+    asked.add_argument("--sweep", nargs="+", metavar="FIELD VALUE", help="a field of Config, and numbers")
     parser.add_argument("--child", help=argparse.SUPPRESS)  # device:threads, to measure in this process
     arguments = parser.parse_args()
     if arguments.child:
-        kind, threads = arguments.child.split(":")
-        torch.set_num_threads(int(threads))
-        fields = {arguments.sweep[0]: json.loads(arguments.sweep[1])} if arguments.sweep else {}
-        # BRAC and BEAR begin with updates of another kind
-        early = ("behavior_updates", "warmup_updates") if arguments.scripts[0] in ("brac", "bear") else ()
-        config = load_script(arguments.scripts[0]).Config
-        fields |= {name: 0 for name in early if name in config.__dataclass_fields__}
-        place = torch.device(kind), arguments.turns, arguments.seconds
-        return print(json.dumps(measure(arguments.scripts[0], *place, fields)))
+        return measure_here(arguments)
 
-    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores")
-    places = ["cpu:1", "cpu:2"] + ["cuda:1"] * torch.cuda.is_available()
+    names, began = choose(arguments), time.perf_counter()
     field, *values = arguments.sweep or [None, None]
-    names = arguments.scripts
-    rows, jobs = [], [(name, place, value) for name in names for place in places for value in values]
+    jobs = [(name, place, value) for name in names for place in arguments.places for value in values]
+    print(f"torch {torch.__version__} on {machine()}; about {len(jobs) * MINUTES:.0f} min")
+    rows = []
     for name, place, value in tqdm(jobs, disable=None):
-        command = [sys.executable, __file__, name, "--child", place]
-        command += ["--sweep", field, value] if field else []
-        command += ["--turns", str(arguments.turns), "--seconds", str(arguments.seconds)]
-        # Compiled code holds the number of threads it was made for: a cache of its own for each.
-        cache = Path(tempfile.gettempdir(), f"reef-bench-{place.replace(':', '-')}")
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
-        done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-        speeds = json.loads(done.stdout.splitlines()[-1])
-        median = {variant: float(np.median(turns)) for variant, turns in speeds.items()}
-        ratios = {f"{variant}/eager": median[variant] / median["eager"] for variant in ("default", "medium")}
-        each = 1000 / median["default"] / float(value or 1)
-        swept = {field: float(value), f"ms by {field}": each} if field else {}
-        rows.append({"script": name, "device:threads": place, **swept, **median, **ratios})
-    print("Updates per second (median) and ratios to eager, batch and networks as by default:")
-    table = pd.DataFrame(rows)
-    print(table.to_string(index=False, float_format=lambda x: f"{x:.2f}" if x < 20 else f"{x:.0f}"))
-    torch.set_num_threads(1)
-    step = measure_evaluation(arguments.turns)
-    print(f"Evaluation in 10 Hopper-v5 environments, one thread: {step:.3f} ms per environment step")
+        measured = measure_in_child(name, place, value, arguments)
+        if measured:
+            swept = {field: float(value)} if field else {}
+            rows.append({"script": name, "device:threads": place} | swept | measured)
+    if rows and arguments.sweep:
+        show_costs(rows, field)
+    elif rows:
+        show_speeds(rows, "peer" if arguments.peer else "eager")
+    if not arguments.peer and not arguments.sweep:
+        torch.set_num_threads(1)
+        step = measure_evaluation(arguments.turns)
+        print(f"Evaluation in 10 Hopper-v5 environments, one thread: {step:.3f} ms per environment step")
+    print(f"{(time.perf_counter() - began) / 60:.1f} min")
+    return 0 if len(rows) == len(jobs) else 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status("bench.py", main))
