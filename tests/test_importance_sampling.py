@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from choices import Grid, make_images
 from conftest import ROOT, load_script, short
 from logs import course, gated, ragged, store
 
@@ -183,6 +184,15 @@ def test_a_log_is_read_side_by_side(minari_root):
     found, source = script.log_propensities(dataset, log, 0, 0)
     assert source == "log"
     assert found == pytest.approx(np.array([[math.log(0.5), math.log(0.25)], [math.log(0.1), 0]]))
+
+
+def test_of_minigrids_dicts_the_image_is_read(minari_root):
+    dataset = minari.load_dataset(make_images(Grid, "test/logs/grids-v0"))
+    log = script.side_by_side(dataset)
+    assert log["observations"].dtype == np.uint8
+    assert log["observations"][:, :, 3, 3, 0].tolist() == [[0, 1, 2, 3, 4]] * 8
+    found, source = script.log_propensities(dataset, log, 2, 0)
+    assert (found.shape, source) == ((8, 4), "cloned")
 
 
 def test_without_propensities_the_logger_is_cloned(minari_root):

@@ -277,9 +277,10 @@ def side_by_side(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
     if not is_vector and not isinstance(space, gym.spaces.Discrete):
         raise UserError(f"this script is not for {space}: it takes choices (Discrete) or vectors (Box)")
     numbered = isinstance(dataset.observation_space, gym.spaces.Discrete)
-    raw = numbered or dataset.observation_space.dtype == np.uint8
+    raw = numbered or image_of(dataset.observation_space).dtype == np.uint8
     for episode in dataset.iterate_episodes():
-        columns["observations"].append(episode.observations if raw else flatten(episode.observations))
+        seen = image_of(episode.observations)
+        columns["observations"].append(seen if raw else flatten(seen))
         columns["actions"].append(episode.actions if is_vector else episode.actions - space.start)
         columns["rewards"].append(np.asarray(episode.rewards, np.float64))
         columns["terminations"].append(np.asarray(episode.terminations, np.float32))
@@ -312,6 +313,12 @@ def pad(arrays: list[np.ndarray]) -> np.ndarray:
     for row, array in zip(padded, arrays):
         row[: len(array)] = array
     return padded
+
+
+def image_of(tree):
+    """The image of a Dict that has one, or of its space (minigrid's); anything else is itself."""
+    has_one = isinstance(tree, Mapping) and "image" in {*tree}  # `in` a space asks for elements, not for keys
+    return tree["image"] if has_one else tree
 
 
 def read_mask(recorded: minari.EpisodeData, space: gym.spaces.Discrete, where: str) -> np.ndarray:
