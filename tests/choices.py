@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from conftest import learner_class, load_script
 from logs import course
+from minari.data_collector import EpisodeBuffer
 from oracles import BATCH, fix_weights, perceptron, weights
 
 CHOICES = 4
@@ -103,3 +104,77 @@ def make_walks() -> str:
     references = {"ref_min_score": 0.0, "ref_max_score": 1.0}
     minari.create_dataset_from_buffers("test/walk-v0", episodes, env=env, data_format="hdf5", **references)
     return "test/walk-v0"
+
+
+class Mission(gym.Space):
+    """As minigrid's MissionSpace: a space of its own kind, which Gymnasium cannot flatten."""
+
+    def __init__(self):
+        super().__init__(dtype=str)
+
+    def sample(self, *_):
+        return "go to the red ball"
+
+    def contains(self, x):
+        return isinstance(x, str)
+
+
+class Grid(gym.Env):
+    """Four steps in the form of minigrid's: Dicts of direction, image and mission; choice 2 pays."""
+
+    image = gym.spaces.Box(0, 255, (7, 7, 3), np.uint8)
+    observation_space = gym.spaces.Dict(direction=gym.spaces.Discrete(4), image=image, mission=Mission())
+    action_space = gym.spaces.Discrete(7)
+
+    def look(self) -> dict:
+        image = np.full((7, 7, 3), self.steps, np.uint8)
+        return {"direction": self.steps % 4, "image": image, "mission": "go to the red ball"}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.look(), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self.look(), float(action == 2), self.steps == 4, False, {}
+
+
+class Screens(Grid):
+    """The same in the form of the Atari environments: frames of 210 x 160, four choices."""
+
+    observation_space = gym.spaces.Box(0, 255, (210, 160, 3), np.uint8)
+    action_space = gym.spaces.Discrete(4)
+
+    def look(self) -> np.ndarray:
+        return np.full((210, 160, 3), 60 * self.steps, np.uint8)
+
+
+def together(observations: list):
+    """As Minari keeps them: arrays of an observation's entries, texts in lists."""
+    if not isinstance(observations[0], dict):
+        return np.array(observations)
+    columns = {name: [seen[name] for seen in observations] for name in observations[0]}
+    return {name: column if name == "mission" else np.array(column) for name, column in columns.items()}
+
+
+def make_images(kind: type, name: str) -> str:
+    """Id of eight random episodes in `Grid` or `Screens`, kept as the hub's: Text, frames in JPEG."""
+    if f"test/{kind.__name__}-v0" not in gym.registry:
+        gym.register(f"test/{kind.__name__}-v0", f"choices:{kind.__name__}")
+    env, episodes, rng = gym.make(f"test/{kind.__name__}-v0"), [], np.random.default_rng(0)
+    for _ in range(8):
+        seen, actions, rewards = [env.reset()[0]], rng.integers(int(env.action_space.n), size=4), []
+        for action in actions:
+            observation, reward, *_ = env.step(action)
+            seen.append(observation)
+            rewards.append(reward)
+        ends = np.arange(4) == 3
+        parts = {"rewards": np.array(rewards), "terminations": ends, "truncations": ends & False, "infos": {}}
+        episodes.append(EpisodeBuffer(observations=together(seen), actions=actions, **parts))
+    space = env.observation_space
+    if isinstance(space, gym.spaces.Dict):
+        space = gym.spaces.Dict({**space.spaces, "mission": gym.spaces.Text(256)})
+    spaces = {"observation_space": space, "action_space": env.action_space}
+    minari.create_dataset_from_buffers(name, episodes, env=env, data_format="hdf5", **spaces)
+    return name

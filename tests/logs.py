@@ -40,3 +40,20 @@ def ragged() -> dict[str, np.ndarray]:
         "q": rng.normal(size=(5, 4)) * mask,
         "next_v": rng.normal(size=(5, 4)) * mask,
     }
+
+
+def gated(copies: int, known: bool = True) -> list[EpisodeBuffer]:
+    """Nine courses, so many times: 0 to 1 (reward 1) to the end (reward 2 for choice 2, else 0).
+
+    Who took choice 1 first may take all three then, others only choice 2, though the state is the same: the
+    masks alone say so. Choices are uniform over the allowed; `known` adds their propensities.
+    """
+    everything, only = [1, 1, 1], [0, 0, 1]
+    plans = [(0, 2)] * 3 + [(1, 0), (1, 1), (1, 2)] + [(2, 2)] * 3
+    episodes = []
+    for first, second in plans * copies:
+        then = everything if first == 1 else only
+        infos = {"propensity": [1 / 3, 1 / sum(then)]} if known else {}
+        infos["action_mask"] = [everything, then, [0, 0, 0]]  # an end leaves nothing to choose
+        episodes.append(course([0, 1, 3], [first, second], [1, 2 * (second == 2)], **infos))
+    return episodes

@@ -26,6 +26,9 @@ BODIES = {"hopper": "Hopper-v5", "halfcheetah": "HalfCheetah-v5", "walker2d": "W
 SEPSIS = [f"reef/sepsis/{who}-v0" for who in ("clinician", "random", "mixed")]
 GAMES = ("breakout", "space-invaders")
 MINATAR = [f"reef/minatar/{game}/{policy}-v0" for game in GAMES for policy in ("mixed", "expert")]
+ATARI = [f"atari/{game}/expert-v0" for game in ("breakout", "pong")]
+MINIGRID = [f"minigrid/BabyAI-GoToRedBall/{view}-v0" for view in ("optimal", "optimal-fullobs")]
+MINIGRID += [f"D4RL/minigrid/{name}-v0" for name in ("fourrooms", "fourrooms-random")]
 WALKERS = [f"reef/{body}/{level}-v1" for body in BODIES for level in LEVELS]
 PLAYS = ("cube-single-play", "scene-play", "puzzle-3x3-play", "pointmaze-medium-navigate")
 OGBENCH = [f"reef/ogbench/{play}-v0" for play in PLAYS]
@@ -205,6 +208,22 @@ def test_every_dataset_has_its_config(algorithm):
     labelled = LABELLED if algorithm == "iql" else []  # its experiment with hidden rewards
     plays = OGBENCH if algorithm in ("bc", "iql", "fql", "q_chunking") else []
     assert sorted(plain) == sorted([*references(), *MAZES, *WALKERS, *labelled, *plays])
+
+
+@pytest.mark.parametrize("algorithm", ["bc", "bcq", "cql", "dqn", "dt", "iql"])
+def test_every_dataset_of_choices_has_its_config(algorithm):
+    here = [read(file) for file in LEARNERS if file.startswith(f"configs/discrete/{algorithm}/")]
+    wanted = [*SEPSIS, *MINATAR, *ATARI, *MINIGRID]
+    assert sorted(values["dataset"] for values in here if "variant" not in values) == sorted(wanted)
+
+
+@pytest.mark.parametrize("dataset", ATARI)
+def test_atari_is_learnt_as_published(dataset):
+    """Kumar et al. (2020), Fujimoto et al. (2019): the numbers of their code."""
+    cql, bcq = (read(f"configs/discrete/{algorithm}/{dataset}.yaml") for algorithm in ("cql", "bcq"))
+    assert (cql["batch_size"], cql["critic_lr"], cql["cql_weight"]) == (32, 6.25e-5, 4)
+    assert (bcq["batch_size"], bcq["critic_lr"], bcq["actor_lr"]) == (32, 6.25e-5, 6.25e-5)
+    assert cql["tau"] == bcq["tau"] == 1 / 8000
 
 
 @pytest.mark.parametrize("algorithm", FINETUNE)

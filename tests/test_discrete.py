@@ -11,7 +11,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from choices import ACTIONS, Walk, batch, chosen, dt_windows, huber, learner, target
+from choices import (
+    ACTIONS,
+    Grid,
+    Screens,
+    Walk,
+    batch,
+    chosen,
+    dt_windows,
+    huber,
+    learner,
+    make_images,
+    target,
+)
 from conftest import ROOT, load_script, short
 from logs import course, store
 from oracles import BATCH, Constant, assert_compiled_is_eager, perceptron, weights
@@ -89,6 +101,64 @@ def test_every_script_learns_from_planes(name):
     rows, asked = (dt_windows(rows), (None,)) if name == "dt" else (rows, ())
     assert all(np.isfinite(float(value)) for value in found.update(rows).values())
     assert found.probabilities(planes[0].numpy(), *asked).shape == (3, 4)
+
+
+@pytest.fixture(scope="module")
+def grids(minari_root) -> str:
+    return make_images(Grid, "test/grids-v0")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_of_minigrids_dicts_the_image_is_read_and_played_by(grids, tmp_path, capsys, name):
+    """A space of missions, which cannot be flattened, and texts among the observations do no harm."""
+    train(name, *short(grids, tmp_path, updates=4, eval_every=2, log_every=2))
+    assert "of the observations' direction, image, mission only image is read" in capsys.readouterr().out
+    folder = tmp_path / f"discrete/{name}/{grids}/default/seed-0"
+    run = json.loads((folder / "run.json").read_text())
+    assert (run["status"], run["length_mean"]) == ("finished", 4)
+    policy = load_script(f"discrete/{name}.py").load(folder)
+    more = (None,) if name == "dt" else ()
+    image = np.full((7, 7, 3), 2, np.uint8)
+    given = policy.probabilities({"direction": 1, "image": image, "mission": "?"}, *more)
+    assert given == pytest.approx(policy.probabilities(image, *more))
+    assert given.shape == (7,)
+
+
+def test_what_is_read_of_minigrids_dicts(grids):
+    script, dataset = load_script("discrete/bc.py"), minari.load_dataset(grids)
+    episodes, _ = script.read_choices(dataset)
+    for episode, recorded in zip(episodes, dataset.iterate_episodes()):
+        assert episode["observations"].dtype == np.uint8
+        assert episode["observations"].tolist() == recorded.observations["image"].tolist()
+    other = script.image_alone(dataset)
+    assert other.observation_space.shape == (7, 7, 3)
+    assert (other.id, other.action_space.n) == (grids, 7)
+    assert dataset.env_spec.additional_wrappers == ()  # as it was
+
+
+def test_a_dataset_without_images_is_what_it_was(walk):
+    script, dataset = load_script("discrete/bc.py"), minari.load_dataset(walk)
+    assert script.image_alone(dataset) is dataset
+    vectors = {"b": np.ones(2), "a": np.zeros(1)}
+    assert script.image_of(vectors) is vectors
+
+
+def test_frames_in_the_form_of_atari_are_read_learnt_from_and_played_by(minari_root):
+    """210 x 160 x 3, out of JPEG."""
+    script = load_script("discrete/cql.py")
+    dataset = minari.load_dataset(make_images(Screens, "test/screens-v0"))
+    episodes, _ = script.read_choices(dataset)
+    wanted = np.arange(5)[:, None, None, None] * np.full((210, 160, 3), 60)
+    assert episodes[0]["observations"].dtype == np.uint8
+    assert np.abs(episodes[0]["observations"] - wanted).max() <= 2  # JPEG's loss
+    encoder = script.fit_encoder(episodes, dataset, True)
+    data = script.choice_transitions(episodes, encoder)
+    learner = script.DiscreteCQL(script.Config(hidden_dim=8), encoder)
+    metrics = learner.update({name: column[:4] for name, column in data.items()})
+    assert all(np.isfinite(float(value)) for value in metrics.values())
+    environments = script.make_environments(script.image_alone(dataset), None)
+    table = script.evaluate_choices(learner.choose, environments, 1, (0, 0, 0))
+    assert table["length"].tolist() == [4]
 
 
 @pytest.mark.parametrize("name", CRITICS)

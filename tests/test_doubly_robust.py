@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import load_script
-from logs import course, ragged, store
+from logs import course, gated, ragged, store
 
 script = load_script("evaluate/doubly_robust.py")
 needs_package = pytest.mark.skipif(
@@ -140,3 +140,16 @@ def test_the_command_line(minari_root, run_script, tmp_path):
         # the logger's own: what its episodes earned, whatever critic and clone say
         assert table.loc[("behavior", estimator), "value"] == pytest.approx(2.8, abs=1e-5)
     assert {*table["propensities"]} == {"log"}
+
+
+def test_masks_are_heeded_by_weights_and_values(minari_root, tmp_path):
+    """As in importance sampling uniform choices are the logger's, worth 2.4, with weights of 1; without
+    masks they would be worth 1.6."""
+    store("test/logs/gated-robust-v0", gated(12))
+    fields = {"hidden_dim": 8, "members": 2, "updates": 200, "critic_lr": 1e-2, "tau": 0.2, "resamples": 50}
+    fields |= {"dataset": "test/logs/gated-robust-v0", "discount": 0.9, "clone_updates": 20}
+    script.correct_critics(script.Config(output_dir=str(tmp_path), **fields))
+    (file,) = tmp_path.rglob("values.csv")
+    table = pd.read_csv(file).set_index(["policy", "estimator"]).loc["uniform"]
+    assert table["mean_weight"].to_numpy() == pytest.approx(1)
+    assert table["value"].to_numpy() == pytest.approx(2.4, abs=0.2)

@@ -1,6 +1,7 @@
 """algorithms/evaluate/fqe.py: its loss and target against NumPy, known values, the command line."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import load_script
-from logs import course, store
+from logs import course, gated, store
 
 script = load_script("evaluate/fqe.py")
 pytestmark = pytest.mark.filterwarnings("ignore:.*(is set to None|env_spec is None)")  # Minari's advice
@@ -149,6 +150,30 @@ def test_the_value_is_the_policys_not_the_logs(minari_root):
     assert curve["value"].iloc[-1] == pytest.approx(1, abs=0.3)
     _, curve, _ = fit(dataset, 800, 1.0, lambda observations: np.tile([0.0, 0, 1], (len(observations), 1)))
     assert curve["value"].iloc[-1] == pytest.approx(3, abs=0.9)
+
+
+def test_the_value_ahead_is_that_of_the_allowed(minari_root):
+    """Of choice 2 at the second step 2, of others nothing. Whoever took choice 1 first has a third of that
+    ahead, others all: (2 * 2.8 + 1.6) / 3 is 2.4. Were all allowed, it would be 1 + .9 * 2 / 3."""
+    dataset = store("test/logs/gated-chain-v0", gated(3))
+    _, curve, _ = fit(dataset, 600, 0.9, partial(script.uniform_policy, 3))
+    assert curve["value"].iloc[-1] == pytest.approx(2.4, abs=0.15)
+
+
+def test_the_first_value_and_the_clone_are_of_the_allowed(minari_root, monkeypatch):
+    masks, asked = [[1, 1, 0], [0, 1, 0], [1, 1, 1]], []
+    episodes = [course([0, 3], [1], [1], action_mask=[mask, [0] * 3]) for mask in masks]
+    dataset = store("test/logs/gated-first-v0", episodes)
+
+    def estimate(critics, starts, policy, counts):
+        asked.append(policy.numpy())
+        return torch.zeros(3)
+
+    monkeypatch.setattr(script.FQE, "estimate", estimate)
+    fit(dataset, 1, 1.0, partial(script.uniform_policy, 3))
+    fit(dataset, 1, 1.0, script.clone_policy(dataset, script.side_by_side(dataset), 1, 0))
+    assert asked[0] == pytest.approx(np.array([[1 / 2, 1 / 2, 0], [0, 1, 0], [1 / 3] * 3]))
+    assert ((asked[1] > 0) == np.array(masks)).all()
 
 
 def test_the_interval_widens_with_the_spread_of_episodes(minari_root):

@@ -5,12 +5,14 @@ import importlib.util
 import math
 
 import gymnasium as gym
+import minari
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, load_script
-from logs import course, ragged, store
+from choices import Grid, make_images
+from conftest import ROOT, load_script, short
+from logs import course, gated, ragged, store
 
 script = load_script("evaluate/importance_sampling.py")
 needs_package = pytest.mark.skipif(
@@ -184,6 +186,15 @@ def test_a_log_is_read_side_by_side(minari_root):
     assert found == pytest.approx(np.array([[math.log(0.5), math.log(0.25)], [math.log(0.1), 0]]))
 
 
+def test_of_minigrids_dicts_the_image_is_read(minari_root):
+    dataset = minari.load_dataset(make_images(Grid, "test/logs/grids-v0"))
+    log = script.side_by_side(dataset)
+    assert log["observations"].dtype == np.uint8
+    assert log["observations"][:, :, 3, 3, 0].tolist() == [[0, 1, 2, 3, 4]] * 8
+    found, source = script.log_propensities(dataset, log, 2, 0)
+    assert (found.shape, source) == ((8, 4), "cloned")
+
+
 def test_without_propensities_the_logger_is_cloned(minari_root):
     """In state 0 it takes choices with .7, .2, .1; in state 1 always the last."""
     rng = np.random.default_rng(0)
@@ -214,6 +225,92 @@ def test_vectors_of_actions_are_scaled_and_their_logger_is_a_gaussian(minari_roo
     with torch.no_grad():
         means = clone(torch.tensor([[0.0], [1.0]]))
     assert means.numpy() == pytest.approx(np.array([[0, 0], [0.38, 0.38]]), abs=0.05)
+
+
+# -------------------------------------------- choices forbidden ---------------------------------------------
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_by_the_masks_the_logger_is_uniform(minari_root, tmp_path, known):
+    """Two of three courses earn 1 + .9 * 2, the others on average 1 + .9 * 2 / 3: 2.4. Without masks uniform
+    choices would take choice 2 at the second step one time of three always: 1.6."""
+    name = f"test/logs/gated-{known}-v0"
+    store(name, gated(10, known))
+    fields = {"dataset": name, "discount": 0.9, "resamples": 50, "clone_updates": 300}
+    script.weigh_episodes(script.Config(output_dir=str(tmp_path), **fields))
+    (file,) = tmp_path.rglob("values.csv")
+    table = pd.read_csv(file)
+    assert {*table["propensities"]} == {"log" if known else "cloned"}
+    tolerance = 1e-6 if known else 0.1
+    assert table["value"].to_numpy() == pytest.approx(2.4, abs=tolerance)
+    assert table["mean_weight"].to_numpy() == pytest.approx(1, abs=tolerance)
+
+
+def test_masks_are_read_and_an_end_leaves_all(minari_root):
+    dataset = store("test/logs/gated-read-v0", gated(1))
+    log = script.side_by_side(dataset)
+    assert log["allowed"].shape == (9, 3, 3)
+    assert log["allowed"][:, [0, 2]].all()
+    assert log["allowed"][:, 1].tolist() == [[first == 1, first == 1, True] for first in log["actions"][:, 0]]
+    before, after = script.around_steps(log, "allowed")
+    assert before.tolist() == log["allowed"][:, :-1].reshape(18, 3).tolist()
+    assert after.tolist() == log["allowed"][:, 1:].reshape(18, 3).tolist()
+    assert script.around_steps(log, "propensity") == (None, None)
+
+
+def test_the_clone_learns_among_the_allowed_and_never_leaves_them(minari_root):
+    """At the second state choice 2 was taken 7 times of 9, but where there was a choice one time of three."""
+    dataset = store("test/logs/gated-clone-v0", gated(10, known=False))
+    clone = script.clone_behavior(dataset, script.side_by_side(dataset), 300, 0)
+    with torch.no_grad():
+        given = clone(torch.tensor([1, 1, 1]), np.array([[1, 1, 1], [1, 0, 1], [0, 1, 0]])).numpy()
+        sure = clone.log_likelihood(torch.tensor([1]), torch.tensor([2]), np.array([[0, 0, 1]]))
+    assert given == pytest.approx(np.array([[1 / 3] * 3, [0.5, 0, 0.5], [0, 1, 0]]), abs=0.06)
+    assert (given[1, 1], given[2, 1], float(sure)) == (0, 1, 0)
+
+
+def test_a_run_is_asked_as_its_script_answers_with_the_mask(minari_root, tmp_path):
+    dataset, bc = store("test/logs/gated-run-v0", gated(2)), load_script("discrete/bc.py")
+    bc.train(bc.parse_config(short(dataset.id, tmp_path, updates=4)))
+    folder = tmp_path / f"discrete/bc/{dataset.id}/default/seed-0"
+    ((name, policy),) = script.gather_policies(str(folder), 3).items()
+    log = script.side_by_side(dataset)
+    seen, allowed = script.around_steps(log, "observations")[0], script.around_steps(log, "allowed")[0]
+    found = script.ask(policy, name, seen, dataset, log, allowed)
+    assert found == pytest.approx(bc.load(str(folder)).probabilities(seen, allowed))
+    assert (found[~allowed] == 0).all()
+    assert (script.ask(policy, name, seen, dataset, log)[~allowed] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (lambda seen, allowed: np.full((len(seen), 3), 1 / 3), "choices that the log's action_mask forbids"),
+        (lambda seen: np.full((len(seen), 3), 1 / 3), "unexpected keyword argument 'allowed'"),
+    ],
+)
+def test_a_policy_that_does_not_heed_the_masks_is_refused(minari_root, policy, said):
+    dataset = store("test/logs/gated-heedless-v0", gated(1))
+    log = script.side_by_side(dataset)
+    seen, allowed = script.around_steps(log, "observations")[0], script.around_steps(log, "allowed")[0]
+    with pytest.raises(script.UserError, match=f"p does not fit {dataset.id}: .*{said}"):
+        script.ask(policy, "p", seen, dataset, log, allowed)
+    minari.delete_dataset(dataset.id)
+
+
+@pytest.mark.parametrize(
+    ("number", "masks", "said"),
+    [
+        (1, {}, "test/logs/gated-1-v0: infos have an action_mask in some episodes only"),
+        (2, {"action_mask": [[1, 0, 1], [1] * 3, [1] * 3]}, "episode 1: action_mask forbids what was chosen"),
+        (3, {"action_mask": [[1, 1], [1, 1], [1, 1]]}, "episode 1: action_mask of shape"),
+    ],
+)
+def test_a_mask_at_fault_is_named(minari_root, number, masks, said):
+    episodes = [gated(1)[3], course([0, 1, 3], [1, 0], [1, 0], **masks)]
+    dataset = store(f"test/logs/gated-{number}-v0", episodes)
+    with pytest.raises(script.UserError, match=said):
+        script.side_by_side(dataset)
 
 
 # --------------------------------------------- the command line ---------------------------------------------

@@ -11,9 +11,10 @@ import minari
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from conftest import ROOT, load_script
-from logs import course, ragged, store
+from logs import course, gated, ragged, store
 
 script = load_script("evaluate/shadow.py")
 needs_package = pytest.mark.skipif(
@@ -408,6 +409,28 @@ def test_from_the_log_to_the_handover_in_steps_as_at_once(call, tmp_path):
     other = tmp_path / "other"
     assert call(output_dir=other)[0] == call(output_dir=other, live="test/shadow/live-v0")[0] == 0
     assert (folder(other) / "decisions.csv").read_bytes() == in_steps
+
+
+def test_masks_are_heeded_and_handed_over(minari_root):
+    """Weights by hand: of uniform choices over the allowed, by a clone that knows what is allowed."""
+    names = {key: f"test/shadow/gated-{key}-v0" for key in ("dataset", "live", "handover")}
+    config = script.Config(**FIELDS | names | {"fit_episodes": 9})
+    dataset = store(config.dataset, gated(2, known=False))
+    store(config.live, gated(1, known=False))
+    log = script.side_by_side(dataset)
+    clone = script.clone_behavior(dataset, script.rows_of(log, slice(9)), config.clone_updates, config.seed)
+    with torch.no_grad():
+        first, second = clone(torch.tensor([0, 1])).double().numpy()
+    wanted = []
+    for a, b in log["actions"][9:]:
+        ahead = 1 / 3 / second[b] if a == 1 else 1
+        wanted.append(1 / 3 / first[a] * ahead)
+    watched = script.watch_log(config, dataset, 0)
+    assert watched["weight"].to_numpy() == pytest.approx(np.array(wanted), rel=1e-5)
+
+    script.hand_over(config, dataset)
+    together = script.side_by_side(minari.load_dataset(config.handover))
+    assert together["allowed"].tolist() == [*log["allowed"].tolist(), *log["allowed"][:9].tolist()]
 
 
 REFUSED = {

@@ -39,6 +39,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NewType, Optional
 from unittest import mock
 
@@ -51,6 +52,7 @@ import pandas as pd
 import pyrallis
 import torch
 import yaml
+from gymnasium.envs.registration import WrapperSpec
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -215,7 +217,7 @@ def train(config: Config) -> None:
     device = set_up_torch(config)
     find_local_environments()
     dataset = load_dataset(config.dataset)
-    environments = make_environments(dataset, config.environment)
+    environments = make_environments(image_alone(dataset), config.environment)
     episodes, dataset_hash = read_choices(dataset)
     scale_rewards(episodes, config.reward_scale, config.reward_shift, config.normalize_rewards)
     encoder = fit_encoder(episodes, dataset, config.normalize_states).to(device)
@@ -345,7 +347,7 @@ def compile_methods(learner, *names: str) -> bool:
 
 
 def read_choices(dataset: minari.MinariDataset) -> tuple[list[dict[str, np.ndarray]], str]:
-    """The episodes, each checked, and the hash of all that was recorded.
+    """The episodes, each checked, and the hash of all that was recorded and is read.
 
     An episode of T steps has observations [T + 1] (int64 states), [T + 1, obs_dim] (float32) or [T + 1,
     height, width, channels] (uint8 planes), actions [T] (int64), rewards and terminations [T] (float32), and
@@ -353,12 +355,12 @@ def read_choices(dataset: minari.MinariDataset) -> tuple[list[dict[str, np.ndarr
     """
     if not isinstance(dataset.action_space, gym.spaces.Discrete):
         raise UserError(f"this script is not for {dataset.action_space}: see algorithms/offline for vectors")
-    kind, episodes, digest = choose_kind(dataset.observation_space), [], hashlib.sha256()
+    kind, episodes, digest = choose_kind(image_of(dataset.observation_space)), [], hashlib.sha256()
     for recorded in dataset.iterate_episodes():
         where, steps = f"{dataset.id}, episode {recorded.id}", len(recorded.rewards)
         for field in ("observations", "actions", "rewards", "terminations", "truncations"):
             length = steps + 1 if field == "observations" else steps
-            for array in map(np.asarray, leaves(getattr(recorded, field))):
+            for array in map(np.asarray, leaves(image_of(getattr(recorded, field)))):
                 if steps == 0 or len(array) != length:
                     raise UserError(f"{where} is malformed: {steps} steps, {field} of shape {array.shape}")
                 if not np.isfinite(array).all():
@@ -366,7 +368,7 @@ def read_choices(dataset: minari.MinariDataset) -> tuple[list[dict[str, np.ndarr
                 digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
         if not all(map(dataset.action_space.contains, np.unique(recorded.actions))):
             raise UserError(f"{where}: actions are not all in {dataset.action_space}")
-        seen = recorded.observations
+        seen = image_of(recorded.observations)
         episodes.append({
             "observations": flatten(seen) if kind is np.float32 else np.asarray(seen, kind),
             "actions": np.asarray(recorded.actions, np.int64),
@@ -403,6 +405,12 @@ def only_allowed(values: Tensor, allowed) -> Tensor:
     return values.masked_fill(~torch.as_tensor(allowed, device=values.device).bool(), -math.inf)
 
 
+def image_of(tree):
+    """The image of a Dict that has one, or of its space (minigrid's); anything else is itself."""
+    has_one = isinstance(tree, Mapping) and "image" in {*tree}  # `in` a space asks for elements, not for keys
+    return tree["image"] if has_one else tree
+
+
 def choose_kind(space: gym.Space) -> type:
     """How observations are kept: int64 states, uint8 planes, or float32 vectors."""
     if isinstance(space, gym.spaces.Discrete):
@@ -434,6 +442,7 @@ class Encoder(nn.Module):
 
     def encode(self, observations) -> Tensor:
         """Raw observations of an environment, or Dicts -> [..., *shape]."""
+        observations = image_of(observations)
         if len(self.mean) and len(self.shape) == 1:
             observations = flatten(observations)
         raw, shape = np.asarray(observations), tuple(self.mean.shape) if len(self.mean) else ()
@@ -592,6 +601,20 @@ def make_environments(dataset: minari.MinariDataset, name: str | None) -> gym.ve
         problem = f"observations and actions are of sizes {ours} in {dataset.id}, {theirs} in the environment"
         raise UserError(f"{problem}: name one that fits with --environment")
     return environments
+
+
+def image_alone(dataset: minari.MinariDataset):
+    """What `make_environments` takes of a dataset, which is the image alone where observations have one."""
+    space, spec = image_of(dataset.observation_space), dataset._eval_env_spec or dataset.env_spec
+    if space is dataset.observation_space:
+        return dataset
+    print(f"of the observations' {', '.join(dataset.observation_space)} only image is read")
+    if spec:
+        looking = {"func": image_of, "observation_space": space}
+        wrapper = WrapperSpec("TransformObservation", "gymnasium.wrappers:TransformObservation", looking)
+        spec = dataclasses.replace(spec, additional_wrappers=(*spec.additional_wrappers, wrapper))
+    facts = {"id": dataset.id, "observation_space": space, "action_space": dataset.action_space}
+    return SimpleNamespace(**facts, _eval_env_spec=None, env_spec=spec)
 
 
 def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, seed: tuple) -> pd.DataFrame:

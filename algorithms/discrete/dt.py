@@ -43,6 +43,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NewType, Optional
 from unittest import mock
 
@@ -55,6 +56,7 @@ import pandas as pd
 import pyrallis
 import torch
 import yaml
+from gymnasium.envs.registration import WrapperSpec
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -184,19 +186,20 @@ class DiscreteDT:
     @torch.inference_mode()
     def agreement_in_data(self, data: dict[str, Tensor]) -> Tensor:
         """How likely it makes the data's choices after the data's own steps, asked for the target."""
-        rows = torch.as_tensor(np.random.default_rng(0).integers(len(data["actions"]), size=1024))
-        rows = rows.to(data["actions"].device)
-        timesteps = data["timesteps"][rows].long()
-        past = timesteps.clamp(max=self.config.context - 1)
-        batch = choice_windows(data, rows - past, self.config.context)
-        batch["observations"] = self.encoder(batch["observations"])
-        batch["returns_to_go"] += (self.actor.target - data["returns_to_go"][rows - timesteps])[:, None]
+        drawn, found = np.random.default_rng(0).integers(len(data["actions"]), size=1024), []
         self.actor.eval()
-        logits = self.actor(batch)[torch.arange(len(rows), device=rows.device), past]
+        for rows in torch.as_tensor(drawn, device=data["actions"].device).split(32):  # frames fill the memory
+            timesteps = data["timesteps"][rows].long()
+            past = timesteps.clamp(max=self.config.context - 1)
+            batch = choice_windows(data, rows - past, self.config.context)
+            batch["observations"] = self.encoder(batch["observations"])
+            batch["returns_to_go"] += (self.actor.target - data["returns_to_go"][rows - timesteps])[:, None]
+            logits = self.actor(batch)[torch.arange(len(rows), device=rows.device), past]
+            allowed = data["allowed"][rows] if "allowed" in data else None
+            pi = only_allowed(logits, allowed).softmax(-1)  # [B, A]
+            found.append(pi.gather(-1, data["actions"][rows].unsqueeze(-1)))
         self.actor.train()
-        allowed = data["allowed"][rows] if "allowed" in data else None
-        pi = only_allowed(logits, allowed).softmax(-1)  # [B, A]
-        return pi.gather(-1, data["actions"][rows].unsqueeze(-1)).mean()
+        return torch.cat(found).mean()
 
 
 # -------------------------------------------- Networks --------------------------------------------
@@ -294,7 +297,7 @@ def train(config: Config) -> None:
     device = set_up_torch(config)
     find_local_environments()
     dataset = load_dataset(config.dataset)
-    environments = make_environments(dataset, config.environment)
+    environments = make_environments(image_alone(dataset), config.environment)
     if environments:
         environments = LastRewards(environments)
     episodes, dataset_hash = read_choices(dataset)
@@ -453,7 +456,7 @@ def compile_methods(learner, *names: str) -> bool:
 
 
 def read_choices(dataset: minari.MinariDataset) -> tuple[list[dict[str, np.ndarray]], str]:
-    """The episodes, each checked, and the hash of all that was recorded.
+    """The episodes, each checked, and the hash of all that was recorded and is read.
 
     An episode of T steps has observations [T + 1] (int64 states), [T + 1, obs_dim] (float32) or [T + 1,
     height, width, channels] (uint8 planes), actions [T] (int64), rewards and terminations [T] (float32), and
@@ -461,12 +464,12 @@ def read_choices(dataset: minari.MinariDataset) -> tuple[list[dict[str, np.ndarr
     """
     if not isinstance(dataset.action_space, gym.spaces.Discrete):
         raise UserError(f"this script is not for {dataset.action_space}: see algorithms/offline for vectors")
-    kind, episodes, digest = choose_kind(dataset.observation_space), [], hashlib.sha256()
+    kind, episodes, digest = choose_kind(image_of(dataset.observation_space)), [], hashlib.sha256()
     for recorded in dataset.iterate_episodes():
         where, steps = f"{dataset.id}, episode {recorded.id}", len(recorded.rewards)
         for field in ("observations", "actions", "rewards", "terminations", "truncations"):
             length = steps + 1 if field == "observations" else steps
-            for array in map(np.asarray, leaves(getattr(recorded, field))):
+            for array in map(np.asarray, leaves(image_of(getattr(recorded, field)))):
                 if steps == 0 or len(array) != length:
                     raise UserError(f"{where} is malformed: {steps} steps, {field} of shape {array.shape}")
                 if not np.isfinite(array).all():
@@ -474,7 +477,7 @@ def read_choices(dataset: minari.MinariDataset) -> tuple[list[dict[str, np.ndarr
                 digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
         if not all(map(dataset.action_space.contains, np.unique(recorded.actions))):
             raise UserError(f"{where}: actions are not all in {dataset.action_space}")
-        seen = recorded.observations
+        seen = image_of(recorded.observations)
         episodes.append({
             "observations": flatten(seen) if kind is np.float32 else np.asarray(seen, kind),
             "actions": np.asarray(recorded.actions, np.int64),
@@ -511,6 +514,12 @@ def only_allowed(values: Tensor, allowed) -> Tensor:
     return values.masked_fill(~torch.as_tensor(allowed, device=values.device).bool(), -math.inf)
 
 
+def image_of(tree):
+    """The image of a Dict that has one, or of its space (minigrid's); anything else is itself."""
+    has_one = isinstance(tree, Mapping) and "image" in {*tree}  # `in` a space asks for elements, not for keys
+    return tree["image"] if has_one else tree
+
+
 def choose_kind(space: gym.Space) -> type:
     """How observations are kept: int64 states, uint8 planes, or float32 vectors."""
     if isinstance(space, gym.spaces.Discrete):
@@ -542,6 +551,7 @@ class Encoder(nn.Module):
 
     def encode(self, observations) -> Tensor:
         """Raw observations of an environment, or Dicts -> [..., *shape]."""
+        observations = image_of(observations)
         if len(self.mean) and len(self.shape) == 1:
             observations = flatten(observations)
         raw, shape = np.asarray(observations), tuple(self.mean.shape) if len(self.mean) else ()
@@ -682,6 +692,20 @@ def make_environments(dataset: minari.MinariDataset, name: str | None) -> gym.ve
         problem = f"observations and actions are of sizes {ours} in {dataset.id}, {theirs} in the environment"
         raise UserError(f"{problem}: name one that fits with --environment")
     return environments
+
+
+def image_alone(dataset: minari.MinariDataset):
+    """What `make_environments` takes of a dataset, which is the image alone where observations have one."""
+    space, spec = image_of(dataset.observation_space), dataset._eval_env_spec or dataset.env_spec
+    if space is dataset.observation_space:
+        return dataset
+    print(f"of the observations' {', '.join(dataset.observation_space)} only image is read")
+    if spec:
+        looking = {"func": image_of, "observation_space": space}
+        wrapper = WrapperSpec("TransformObservation", "gymnasium.wrappers:TransformObservation", looking)
+        spec = dataclasses.replace(spec, additional_wrappers=(*spec.additional_wrappers, wrapper))
+    facts = {"id": dataset.id, "observation_space": space, "action_space": dataset.action_space}
+    return SimpleNamespace(**facts, _eval_env_spec=None, env_spec=spec)
 
 
 def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, seed: tuple) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from 1, that the log does not show what the policy does.
 
 Where the log has no propensities, b is a policy cloned from it, and the table says so. A vector of actions
 has a density only under a policy with noise: pi is a Gaussian of deviation `policy_std` around its action.
+Choices that infos["action_mask"] forbids have probability 0 under every policy.
 
 Differences from the paper: an episode that a time limit cut counts as it is, without what would have come
 after; (6) and (7) are not the paper's.
@@ -97,11 +98,13 @@ def weigh_episodes(config: Config) -> None:
     choices = int(dataset.action_space.n) if log["actions"].ndim == 2 else 0
     policies = gather_policies(config.policies, choices)
     log_b, source = log_propensities(dataset, log, config.clone_updates, config.seed)
+    before, _ = around_steps(log, "observations")
+    allowed, _ = around_steps(log, "allowed")
     rows = []
     for name, policy in policies.items():
         log_pi = log_b  # behavior: the logger itself
         if policy:
-            given = ask(policy, name, log["observations"][:, :-1][log["mask"]], dataset, log)
+            given = ask(policy, name, before, dataset, log, allowed)
             log_pi = log_likelihoods(given, log, config.policy_std)
         log_ratios = log_pi - log_b
         weights = cumulative_weights(log_ratios)[:, -1]
@@ -127,9 +130,11 @@ def log_propensities(dataset: minari.MinariDataset, log: dict, updates: int, see
         result[log["mask"]] = np.log(log["propensities"][log["mask"]])
         return result, "log"
     clone = clone_behavior(dataset, log, updates, seed)
-    observations = torch.as_tensor(log["observations"][:, :-1][log["mask"]])
+    observations = torch.as_tensor(around_steps(log, "observations")[0])
+    actions = torch.as_tensor(log["actions"][log["mask"]])
+    allowed, _ = around_steps(log, "allowed")
     with torch.no_grad():
-        result[log["mask"]] = clone.log_likelihood(observations, torch.as_tensor(log["actions"][log["mask"]]))
+        result[log["mask"]] = clone.log_likelihood(observations, actions, allowed)
     return result, "cloned"
 
 
@@ -202,28 +207,37 @@ def side_by_side(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
     observations [N, T + 1, ...] (states as numbers, planes as they are, else float32 vectors), actions [N, T]
     (choices from 0) or [N, T, act_dim] in [-1, 1], rewards, terminations and mask [N, T], and propensities
     [N, T] where every step's infos have a "propensity": how likely its choice was. Vectors of actions come
-    with their bounds [2, act_dim].
+    with their bounds [2, act_dim]; choices, where infos have an "action_mask", with those that are allowed
+    [N, T + 1, A], which are all where nothing is left to choose.
     """
     space, columns = dataset.action_space, defaultdict(list)
     is_vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
     if not is_vector and not isinstance(space, gym.spaces.Discrete):
         raise UserError(f"this script is not for {space}: it takes choices (Discrete) or vectors (Box)")
     numbered = isinstance(dataset.observation_space, gym.spaces.Discrete)
-    raw = numbered or dataset.observation_space.dtype == np.uint8
+    raw = numbered or image_of(dataset.observation_space).dtype == np.uint8
     for episode in dataset.iterate_episodes():
-        columns["observations"].append(episode.observations if raw else flatten(episode.observations))
+        seen = image_of(episode.observations)
+        columns["observations"].append(seen if raw else flatten(seen))
         columns["actions"].append(episode.actions if is_vector else episode.actions - space.start)
         columns["rewards"].append(np.asarray(episode.rewards, np.float64))
         columns["terminations"].append(np.asarray(episode.terminations, np.float32))
         columns["mask"].append(np.ones(len(episode.rewards), bool))
         if not is_vector and "propensity" in (episode.infos or {}):
             columns["propensities"].append(np.asarray(episode.infos["propensity"], np.float64))
+        if not is_vector and "action_mask" in (episode.infos or {}):
+            allowed = read_mask(episode, space, f"{dataset.id}, episode {episode.id}")
+            columns["allowed"].append(allowed)
         for name in ("observations", "actions", "rewards"):
             if not np.isfinite(columns[name][-1]).all():
                 raise UserError(f"{dataset.id}, episode {episode.id}: {name} are not all finite")
     if len(columns["propensities"]) < len(columns["rewards"]):
         del columns["propensities"]  # unknown in some episodes: no use
-    log = {name: pad(arrays) for name, arrays in columns.items()}
+    if len(columns["allowed"]) not in (0, len(columns["rewards"])):
+        raise UserError(f"{dataset.id}: infos have an action_mask in some episodes only")
+    log = {name: pad(arrays) for name, arrays in columns.items() if arrays}
+    if "allowed" in log:
+        log["allowed"] |= ~log["allowed"].any(2, keepdims=True)
     if is_vector:
         low, high = log["bounds"] = bounds_of_actions(space, log["actions"][log["mask"]])
         scaled = 2 * (log["actions"].clip(low, high) - low) / (high - low) - 1
@@ -237,6 +251,40 @@ def pad(arrays: list[np.ndarray]) -> np.ndarray:
     for row, array in zip(padded, arrays):
         row[: len(array)] = array
     return padded
+
+
+def image_of(tree):
+    """The image of a Dict that has one, or of its space (minigrid's); anything else is itself."""
+    has_one = isinstance(tree, Mapping) and "image" in {*tree}  # `in` a space asks for elements, not for keys
+    return tree["image"] if has_one else tree
+
+
+def read_mask(recorded: minari.EpisodeData, space: gym.spaces.Discrete, where: str) -> np.ndarray:
+    """infos["action_mask"]: the choices that are allowed at every observation [T + 1, A]."""
+    allowed, steps = np.asarray(recorded.infos["action_mask"]).astype(bool), len(recorded.rewards)
+    if allowed.shape != (steps + 1, space.n):
+        raise UserError(f"{where}: action_mask of shape {allowed.shape}, not {(steps + 1, int(space.n))}")
+    needed = steps + 1 - bool(recorded.terminations[-1])  # after the end there is nothing to choose
+    if not allowed[:needed].any(1).all():
+        raise UserError(f"{where}: action_mask allows nothing at step {allowed.any(1).argmin()}")
+    chosen = allowed[np.arange(steps), recorded.actions - space.start]
+    if not chosen.all():
+        raise UserError(f"{where}: action_mask forbids what was chosen at step {chosen.argmin()}")
+    return allowed
+
+
+def only_allowed(values: Tensor, allowed) -> Tensor:
+    """Values [..., A] of choices, minus infinity where `allowed` [..., A] forbids one; None: all are."""
+    if allowed is None:
+        return values
+    return values.masked_fill(~torch.as_tensor(allowed, device=values.device).bool(), -math.inf)
+
+
+def around_steps(log: dict[str, np.ndarray], name: str) -> tuple:
+    """Column `name` [N, T + 1, ...] before and after each of M steps [M, ...]; None where there is none."""
+    if name not in log:
+        return None, None
+    return log[name][:, :-1][log["mask"]], log[name][:, 1:][log["mask"]]
 
 
 def bounds_of_actions(space: gym.spaces.Box, actions: np.ndarray) -> np.ndarray:
@@ -276,15 +324,16 @@ class Clone(nn.Module):
         if not choices:
             self.log_std = nn.Parameter(torch.zeros(outputs))
 
-    def forward(self, observations: Tensor) -> Tensor:
-        """Probabilities [B, A] of choices, or mean actions [B, act_dim] in [-1, 1]."""
+    def forward(self, observations: Tensor, allowed=None) -> Tensor:
+        """Probabilities [B, A] of choices (`allowed` [B, A]), or mean actions [B, act_dim] in [-1, 1]."""
         outputs = self.net(self.features(observations))
-        return outputs.softmax(-1) if self.choices else torch.tanh(outputs)
+        return only_allowed(outputs, allowed).softmax(-1) if self.choices else torch.tanh(outputs)
 
-    def log_likelihood(self, observations: Tensor, actions: Tensor) -> Tensor:
+    def log_likelihood(self, observations: Tensor, actions: Tensor, allowed=None) -> Tensor:
         """Log probability or density [B] of the log's actions."""
         if self.choices:
-            return self.net(self.features(observations)).log_softmax(-1).gather(1, actions[:, None])[:, 0]
+            logits = only_allowed(self.net(self.features(observations)), allowed)
+            return logits.log_softmax(-1).gather(1, actions[:, None])[:, 0]
         log_std = self.log_std.clamp(-5, 2)
         z = (actions - self(observations)) / log_std.exp()
         return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
@@ -297,20 +346,22 @@ def clone_behavior(dataset: minari.MinariDataset, log: dict, updates: int, seed:
     outputs = int(dataset.action_space.n) if choices else log["actions"].shape[-1]
     clone = Clone(Features(dataset.observation_space, log), outputs, choices)
     optimizer = torch.optim.Adam(clone.parameters(), 1e-3, fused=True)
-    observations = torch.as_tensor(log["observations"][:, :-1][log["mask"]])
+    observations = torch.as_tensor(around_steps(log, "observations")[0])
     actions = torch.as_tensor(log["actions"][log["mask"]])
+    allowed, _ = around_steps(log, "allowed")
     rng = np.random.default_rng(seed)
     for _ in tqdm(range(updates), "cloning the log's policy", disable=None):
         rows = rng.integers(len(actions), size=256)
-        descend(optimizer, -clone.log_likelihood(observations[rows], actions[rows]).mean())
+        possible = None if allowed is None else allowed[rows]
+        descend(optimizer, -clone.log_likelihood(observations[rows], actions[rows], possible).mean())
     return clone
 
 
 def gather_policies(names: str, choices: int) -> dict[str, Callable | None]:
     """{name: policy} of "behavior" (None), "uniform", and run folders or globs of them, parted by spaces.
 
-    A policy takes observations [M, ...]; it gives probabilities [M, A] of choices, or actions [M, act_dim]
-    in the environment's units.
+    A policy takes observations [M, ...], and the choices `allowed` [M, A] where the log has masks; it gives
+    probabilities [M, A] of choices, or actions [M, act_dim] in the environment's units.
     """
     found = {}
     for name in names.split():
@@ -326,9 +377,10 @@ def gather_policies(names: str, choices: int) -> dict[str, Callable | None]:
     return found
 
 
-def uniform_policy(choices: int, observations: np.ndarray) -> np.ndarray:
-    """Probabilities [M, A], all the same."""
-    return np.full((len(observations), choices), 1 / choices)
+def uniform_policy(choices: int, observations: np.ndarray, allowed: np.ndarray | None = None) -> np.ndarray:
+    """Probabilities [M, A], the same for all that is `allowed` [M, A]."""
+    shares = np.ones((len(observations), choices)) if allowed is None else allowed.astype(float)
+    return shares / shares.sum(1, keepdims=True)
 
 
 def load_policy(folder: str, choices: int) -> Callable:
@@ -347,17 +399,25 @@ def load_policy(folder: str, choices: int) -> Callable:
         return learner.probabilities if choices else learner.act
 
 
-def ask(policy: Callable, name: str, observations: np.ndarray, dataset, log: dict) -> np.ndarray:
-    """Probabilities [M, A], or mean actions [M, act_dim] in [-1, 1], for observations [M, ...]."""
+def ask(policy: Callable, name: str, observations, dataset, log: dict, allowed=None) -> np.ndarray:
+    """Probabilities [M, A], or mean actions [M, act_dim] in [-1, 1], for observations [M, ...].
+
+    `allowed` [M, A] are the choices that the log's masks allow there, None where it has none.
+    """
     with explain(f"{name} does not fit {dataset.id}", "evaluate it on a log of its own environment"):
-        parts = np.array_split(observations, len(observations) // 4096 + 1)
-        given = np.concatenate([np.asarray(policy(part)) for part in parts]).astype(np.float64)
+        parts, given = np.array_split(np.arange(len(observations)), len(observations) // 4096 + 1), []
+        for rows in parts:
+            masks = {} if allowed is None else {"allowed": allowed[rows]}
+            given.append(np.asarray(policy(observations[rows], **masks)))
+        given = np.concatenate(given).astype(np.float64)
         if log["actions"].ndim == 3:
             low, high = log["bounds"]
             given = 2 * (given - low) / (high - low) - 1
         wanted = len(observations), gym.spaces.flatdim(dataset.action_space)
         if given.shape != wanted:
             raise ValueError(f"its answers are of shape {given.shape}, not {wanted}")
+        if allowed is not None and given[~allowed].any():
+            raise ValueError("it makes choices that the log's action_mask forbids")
     return given
 
 
