@@ -319,7 +319,8 @@ def pieces(minari_root) -> str:
         )
     space = gym.spaces.Box(-1, 1, (2,), np.float32)
     spaces = {"observation_space": gym.spaces.Box(-np.inf, np.inf, (2,), np.float32), "action_space": space}
-    minari.create_dataset_from_buffers("test/dt/pieces-v0", episodes, data_format="hdf5", **spaces)
+    if "test/dt/pieces-v0" not in minari.list_local_datasets():  # test_lamo.py has made it
+        minari.create_dataset_from_buffers("test/dt/pieces-v0", episodes, data_format="hdf5", **spaces)
     return "test/dt/pieces-v0"
 
 
@@ -693,7 +694,8 @@ def mixed(minari_root) -> str:
             )
         )
     env = gym.make("test/Blind-v0")
-    minari.create_dataset_from_buffers("test/dt/mixed-v0", episodes, env=env, data_format="hdf5")
+    if "test/dt/mixed-v0" not in minari.list_local_datasets():
+        minari.create_dataset_from_buffers("test/dt/mixed-v0", episodes, env=env, data_format="hdf5")
     return "test/dt/mixed-v0"
 
 

@@ -7,7 +7,7 @@ The data wander: wherever they are, half of their steps go left and half go righ
 imitation learns, goes nowhere; no episode shows the way; and for such a wanderer the trapdoor is the better
 end, as it is over sooner: only who values a state by the best of its actions sees that the door is.
 
-What one seed comes to hangs on the last bits of a processor: so three seeds of four have to succeed.
+What one seed comes to hangs on the last bits of a processor: so two seeds of three have to succeed.
 """
 
 import dataclasses
@@ -160,9 +160,9 @@ SETTINGS = {
 
 
 def learn(script, dataset: minari.MinariDataset, **fields) -> Iterator[float]:
-    """Mean returns of the policies of seeds 0, 1, 2 and 3, which small networks learn in large steps."""
+    """Mean returns of the policies of seeds 0, 1 and 2, which small networks learn in large steps."""
     fields = {name: value for name, value in SMALL.items() if hasattr(script.Config, name)} | fields
-    for seed in range(4):
+    for seed in range(3):
         config = script.Config(seed=seed, **fields)
         if hasattr(script, "fit_model"):  # which comes first: all of `train`
             yield trained(script, dataset, config)
@@ -195,19 +195,19 @@ def trained(script, dataset: minari.MinariDataset, config) -> float:
 
 
 def mostly(returns: Iterator[float], low: float, high: float = 0.0) -> bool:
-    """Whether three of four returns lie between `low` and `high`; asks for no more than it takes to know."""
+    """Whether two of three returns lie between `low` and `high`; asks for no more than it takes to know."""
     found = []
     for value in returns:
         found.append(value)
         inside = sum(low <= value <= high for value in found)
-        if inside == 3 or len(found) - inside == 2:
+        if inside == 2 or len(found) - inside == 2:
             break
     print(found)  # pytest shows it where the test fails
-    return inside == 3
+    return inside == 2
 
 
 def solves(script, name: str, dataset: minari.MinariDataset) -> bool:
-    """The contract: three seeds of four reach the door the shortest way."""
+    """The contract: two seeds of three reach the door the shortest way."""
     settings = {key: value for key, value in SETTINGS.get(name, {}).items() if key != "dataset"}
     return mostly(learn(script, dataset, **settings), OPTIMUM - 0.5)
 
