@@ -733,7 +733,7 @@ def test_of_a_dict_with_an_image_that_alone_is_read(store, call, tmp_path, scrip
     first, second = (image.get_array().filled(0) for image in axis.images)
     assert first.tolist() == [[0, 9 / 5, 0], [0, 0, 0]]
     assert second.tolist() == [[0, 0, 0], [0, 0, 80]]
-    assert [text.get_text() for text in axis.texts] == ["0: up to 1.8", "1: up to 80"]
+    assert [text.get_text() for text in axis.texts] == ["0: ≤ 1.8", "1: ≤ 80"]
 
 
 def test_pairs_are_drawn_by_frequency(store, script):
@@ -758,7 +758,8 @@ def test_odd_logs(kind, store, call, tmp_path):
     store(log, space, gym.spaces.Discrete(choices))
     assert call(ID)[::2] == (0, "")
     assert picture(tmp_path).shape[1] == 1700
-    card, made = tables(tmp_path), {"one state": "1 of 1", "many choices": "29 of 40", "black planes": "1 of 2"}
+    made = {"one state": "1 of 1", "many choices": "29 of 40", "black planes": "1 of 2"}
+    card = tables(tmp_path)
     assert card["Choices made"] == [made[kind]]
     if kind == "many choices":  # 28 was made most, and 25 comes after 24 others
         assert card["28"] == ["6", "6.67%"]

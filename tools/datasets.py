@@ -204,7 +204,8 @@ def make_environment(dataset: minari.MinariDataset) -> tuple[gym.Env | None, str
     spec = dataset._eval_env_spec or dataset.env_spec
     if spec is None:
         return None, "none recorded"
-    find_local_environment(spec.entry_point)
+    with contextlib.suppress(Exception):  # what is missing then, making it says
+        find_local_environment(spec.entry_point)
     bare = partial(gym.make, spec.id, max_episode_steps=spec.max_episode_steps, **spec.kwargs)
     with contextlib.redirect_stderr(io.StringIO()):  # gymnasium-robotics prints a notice
         with contextlib.suppress(ImportError):

@@ -14,7 +14,8 @@ SHOWN = 25  # choices in a table, at most: those that were made most
 OFTEN = (1, 2, 5, 10, 100)  # times that a pair of state and choice was seen
 CHOICE_WORDS = """\
 The effective number is that of equally likely choices which would be as hard to foretell: the exponential of
-the entropy. By shares it is of the table above; given what is observed, of the mean of -log propensity."""
+the entropy. By shares it is of the table above; given what is observed, which takes propensities, of the mean
+of -log propensity."""
 PAIR_WORDS = """\
 Of a pair that was never seen a log says nothing: what a learner holds of it is a guess. States that end an
 episode have no pairs."""

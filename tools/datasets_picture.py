@@ -142,9 +142,9 @@ def draw_pairs(axis, log: ChoiceLog) -> None:
     rows = log.first_choice - 0.5 + np.arange(log.choices + 1)
     draw_density(axis, pairs, [edges, rows], "steps (white: none)")
     axis.set_title(f"{len(np.unique(pairs, axis=0)) / (log.states * log.choices):.1%} of all pairs seen")
-    axis.set(xlabel=f"{len(counts):,} states in which a choice was made, by frequency", ylabel="choice")
-    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axis.yaxis.set_major_locator(MaxNLocator(15, integer=True))
+    axis.set(xlabel=f"states in which a choice was made, by frequency ({len(counts):,})", ylabel="choice")
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    axis.yaxis.set_major_locator(MaxNLocator(15, integer=True, min_n_ticks=1))
     axis.invert_yaxis()
 
 
@@ -153,6 +153,7 @@ def draw_planes(axis, means: np.ndarray) -> None:
     height, width, channels = means.shape
     shown = min(channels, CHANNELS)
     columns = math.ceil(math.sqrt(shown))
+    size = 9 if columns < 3 else 7
     for channel in range(shown):
         row, column = divmod(channel, columns)
         left, top = 1.1 * width * column, 1.25 * height * row
@@ -160,9 +161,9 @@ def draw_planes(axis, means: np.ndarray) -> None:
         largest, extent = means[..., channel].max(), (left, left + width, top + height, top)
         axis.imshow(plane, SHADES, vmin=0, vmax=max(largest, 1e-9), extent=extent)
         axis.add_patch(Rectangle((left, top), width, height, fill=False, color="#808080", lw=0.8))
-        axis.text(left, top - 0.03 * height, f"{channel}: up to {largest:.2g}", va="bottom", fontsize=9)
+        axis.text(left, top - 0.03 * height, f"{channel}: ≤ {largest:.2g}", va="bottom", fontsize=size)
     rows = math.ceil(shown / columns)
-    axis.set(xlim=(0, 1.1 * width * columns), ylim=(1.25 * height * (rows - 0.2), -0.2 * height))
+    axis.set(xlim=(0, 1.1 * width * columns), ylim=(1.25 * height * (rows - 0.19), -0.2 * height))
     axis.set_axis_off()
     name = "each channel" if shown == channels else f"channels 0 to {shown - 1} of {channels}"
     axis.set_title(f"Mean of {name}, white: 0")
@@ -173,7 +174,7 @@ def draw_choices(axis, table: pd.DataFrame) -> None:
     axis.barh(table.index, table["share"], color=COLORS["data"])
     axis.set_title(f"{(table['share'] > 0).sum()} of {len(table)} choices made", color=COLORS["mean"])
     axis.set(xlabel="share of the steps", ylabel="choice")
-    axis.yaxis.set_major_locator(MaxNLocator(15, integer=True))
+    axis.yaxis.set_major_locator(MaxNLocator(15, integer=True, min_n_ticks=1))
     axis.invert_yaxis()
 
 
