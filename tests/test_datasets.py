@@ -12,6 +12,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import datasets_picture
 import gymnasium as gym
 import h5py
 import matplotlib.image
@@ -256,17 +257,17 @@ def test_the_source_of_references_in_the_metadata(store, call, tmp_path):
 # ----------------------------------------------- odd datasets -----------------------------------------------
 
 
-def test_principal_components(script):
+def test_principal_components():
     """x and y = 2 x + small noise, in other units, and a constant."""
     x, noise = RANDOM.normal(size=(2, 4000))
     sample = np.stack([5 + x, np.full(4000, 0.1), 1000 * (x + 0.1 * noise)], 1)
-    places, shares = script.project(sample)
+    places, shares = datasets_picture.project(sample)
     correlation = np.corrcoef(sample[:, 0], sample[:, 2])[0, 1]  # of two: variances 1 + r and 1 - r
     assert shares == pytest.approx([(1 + correlation) / 2, (1 - correlation) / 2], abs=1e-9)
     a, b = ((sample[:, i] - sample[:, i].mean()) / sample[:, i].std() for i in (0, 2))
     for column, wanted in enumerate((a + b, a - b)):
         np.testing.assert_allclose(np.abs(places[:, column]), np.abs(wanted) / np.sqrt(2), atol=1e-9)
-    kept = [script.project(sample[:, columns])[1].size for columns in ([1], [0, 1], [0, 0], [0, 2])]
+    kept = [datasets_picture.project(sample[:, columns])[1].size for columns in ([1], [0, 1], [0, 0], [0, 2])]
     assert kept == [0, 1, 1, 2]
 
 
@@ -331,12 +332,12 @@ def test_memory_of_observations_is_bounded(script, store, monkeypatch):
     assert script.read(dataset).sample[:, 0].tolist() == [*range(303)]  # all of them, in their order
 
 
-def test_bins(script):
+def test_bins():
     """Equal values are one bar; every bin of whole numbers has equally many of them."""
 
     def bars(values) -> list[tuple[float, float]]:
         axis = Figure().subplots()
-        script.draw_histogram(axis, np.array(values), "return")
+        datasets_picture.draw_histogram(axis, np.array(values), "return")
         return [(bar.get_width(), bar.get_height()) for bar in axis.patches]
 
     assert bars([sum(A), sum(B)]) == [(1, 2)]
@@ -345,9 +346,9 @@ def test_bins(script):
     assert sum(height for _, height in bars(RANDOM.normal(size=100))) == 100
 
 
-def test_positions_outside_of_the_maze(script):
-    figure = Figure()
-    script.draw_density(figure.subplots(), np.full((3, 2), 9.0), [np.arange(3), np.arange(3)], "none")
+def test_positions_outside_of_the_maze():
+    figure, bins = Figure(), [np.arange(3), np.arange(3)]
+    datasets_picture.draw_density(figure.subplots(), np.full((3, 2), 9.0), bins, "none")
     figure.canvas.draw()
 
 
@@ -468,11 +469,13 @@ def test_what_is_not_there(words, said, store, call, tmp_path):
 SEEN, DONE = np.zeros((3, 4)), np.zeros((2, 2), np.float32)
 SQUARE = gym.spaces.Box(0, 1, (2, 2), np.float32)
 DOUBLE = np.array([[0, 2], [1, 1]])
+BITS = gym.spaces.MultiBinary(4)
 SPACES = {
     "actions in MultiDiscrete([3 3])": (None, gym.spaces.MultiDiscrete([3, 3]), SEEN, DOUBLE),
     "actions in Box(0.0, 1.0, (2, 2)": (None, SQUARE, SEEN, np.zeros((2, 2, 2), np.float32)),
     "observations in Box(0.0, 1.0, (2, 2)": (SQUARE, BOX, np.zeros((3, 2, 2), np.float32), DONE),
     "observations in Discrete(3)": (gym.spaces.Discrete(3), BOX, np.zeros(3, np.int64), DONE),
+    "observations in MultiBinary(4)": (BITS, gym.spaces.Discrete(2), SEEN.astype(np.int8), np.zeros(2, int)),
 }
 
 
@@ -550,15 +553,15 @@ def test_the_status_and_the_line_reach_the_shell(root, tmp_path):
 # ------------------------------------- logs: names, choices, drift -------------------------------------
 
 
-def choosing(numbers: list[int], rewards: list[float]) -> EpisodeBuffer:
+def choosing(numbers: list[int], rewards: list[float], observations=None, **infos) -> EpisodeBuffer:
     steps = len(numbers)
     return EpisodeBuffer(
-        observations=np.arange(2.0 * steps + 2).reshape(-1, 2),
+        observations=np.arange(2.0 * steps + 2).reshape(-1, 2) if observations is None else observations,
         actions=np.array(numbers, np.int64),
-        rewards=np.array(rewards),
+        rewards=np.array(rewards, np.float64),
         terminations=np.arange(steps) == steps - 1,
         truncations=np.zeros(steps, bool),
-        infos={},
+        infos={name: np.array(values) for name, values in infos.items()},
     )
 
 
@@ -621,3 +624,180 @@ def test_choices_are_drawn(store, call, tmp_path):
     store(drifting(), actions=gym.spaces.Discrete(3))
     assert call(ID)[0] == 0
     assert np.ptp(picture(tmp_path)) > 0
+
+
+def content(*arrays: np.ndarray) -> str:
+    """The hash of arrays in the order of an episode's."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+# States are 2 to 5, choices 1 to 3, of which 3 is never made. State and choice, with propensity:
+# 2 1 (1/2), 3 2 (1/4), 2 1 (1/2); 2 1 (1/2); 3 2 (1/4), 2 2 (1/8). All episodes end in 5.
+STATES = [np.array(states) for states in ([2, 3, 2, 5], [2, 5], [3, 2, 5])]
+MADE = [[1, 2, 1], [1], [2, 2]]
+LIKELY = [[0.5, 0.25, 0.5], [0.5], [0.25, 0.125]]
+SPACES_OF_STATES = gym.spaces.Discrete(4, start=2), gym.spaces.Discrete(3, start=1)
+
+
+def patients(*parts: int) -> list[EpisodeBuffer]:
+    """Those episodes, with propensities in `parts` only."""
+    log = []
+    for number, (states, made, likely) in enumerate(zip(STATES, MADE, LIKELY)):
+        infos = {"propensity": likely} if number in parts else {}
+        log.append(choosing(made, [0] * (len(made) - 1) + [number], states, **infos))
+    return log
+
+
+@QUICK
+def test_states_by_hand(store, call, tmp_path):
+    dataset = store(patients(0, 1, 2), *SPACES_OF_STATES)
+    dataset.storage.update_metadata({"action_names": ["wait_here_", "<i>|give", "$x"]})
+    status, out, _ = call(ID)
+    card = tables(tmp_path)
+    assert status == 0
+    assert card["Observations"] == ["4 states"]
+    assert card["States seen"] == ["3 of 4, 2 of them with a choice"]
+    places = np.exp(-(2 / 3) * np.log(2 / 3) - (1 / 3) * np.log(1 / 3))
+    assert card["Effective number of states"] == [f"{places:.1f} of those with a choice"]
+    assert card["Steps in the 10 most frequent"] == ["100.0%"]
+    assert card["Pairs of state and choice seen"] == ["3 of 12 (25.0%)"]
+    assert card["Choices tried in a state"] == ["1.5 on average, where any was"]
+    assert card["Choices made"] == ["2 of 3"]
+    given = 2 ** ((3 * 1 + 2 * 2 + 1 * 3) / 6)  # -log2 of 1/2 three times, 1/4 twice, 1/8 once
+    assert card["Effective number of choices"] == [f"2.0 by shares, {given:.1f} given what is observed"]
+    assert card["Propensities"] == [f"0.125 at least, {2.125 / 6:.4g} on average"]
+    assert card["Choices allowed"] == ["all, there is no action_mask"]
+    assert "Entries of an observation" not in card
+    # names are escaped
+    assert card["wait\\_here\\_"] == card["&lt;i&gt;\\|give"] == ["3", "50.00%"]
+    assert card["$x"] == ["0", "0.00%"]
+    # pairs 2 1 three times, 3 2 twice, 2 2 once
+    assert [card[times] for times in "125"] == [
+        ["3", "25.0%", "100.0%"],
+        ["2", "16.7%", "83.3%"],
+        ["0", "0.0%", "0.0%"],
+    ]
+    assert card["mean action &lt;i&gt;\\|give"][:3] == ["0.3333", "0", "1"]
+    assert card["mean propensity"][:3] == ["0.4167", "0.5", "0.1875"]
+    arrays = []
+    for states, made, last in zip(STATES, MADE, range(3)):
+        ends = np.arange(len(made)) == len(made) - 1
+        arrays += [states, np.array(made), ends * float(last), ends, ends & False]
+    assert card["sha256"] == [f"{content(*arrays)} (none recorded)"]
+    assert "3 of 12 (25.0%)" in out
+    assert call("--check")[:2] == (0, f"{ID}: equal\n")
+
+
+@QUICK
+def test_propensities_and_masks_of_some_episodes(store, call, tmp_path):
+    """Of the masks' three steps two allow two choices and one allows one, which is not the one made."""
+    log = patients(0, 2)
+    log[0].infos["action_mask"] = np.array([[1, 1, 0], [1, 0, 0], [1, 0, 1], [0, 0, 0]])
+    store(log, *SPACES_OF_STATES)
+    assert call(ID)[0] == 0
+    card = tables(tmp_path)
+    assert card["Propensities"] == ["0.125 at least, 0.325 on average, in 2 of 3 episodes alone"]
+    assert "mean propensity" not in card
+    assert card["Choices allowed"] == ["1 at least, 1.7 on average, in 1 of 3 episodes alone"]
+    assert card["Steps with a forbidden choice"] == ["33.33%"]
+
+
+IMAGES = np.zeros((5, 2, 3, 2), np.uint8)  # of two rows, three columns and two channels
+IMAGES[:, 0, 1, 0] = [3, 0, 0, 3, 3]
+IMAGES[1:3, 1, 2, 1] = [200, 100]  # by which alone those two differ
+
+
+@QUICK
+def test_of_a_dict_with_an_image_that_alone_is_read(store, call, tmp_path, script):
+    image, around = gym.spaces.Box(0, 255, (2, 3, 2), np.uint8), gym.spaces.Discrete(4)
+    space = gym.spaces.Dict({"mission": gym.spaces.Text(20), "image": image, "direction": around})
+    seen = {"mission": ["go to the red ball"] * 5, "image": IMAGES, "direction": np.arange(5) % 4}
+    dataset = store([choosing([0, 1, 1, 0], [0, 0, 0, 1], seen)], space, gym.spaces.Discrete(2))
+    assert call(ID)[0] == 0
+    card = tables(tmp_path)
+    assert card["Observations"] == ["[2, 3, 2] uint8, the image alone of direction, image, mission"]
+    assert card["Entries of an observation"] == ["12, 10 of them constant"]
+    assert card["Different observations"] == ["3 of 5 (60.0%)"]
+    assert card["Steps after which it is the same"] == ["25.00%"]
+    assert card["Different pairs with a choice"] == ["3"]
+    assert card["Choices tried at an observation"] == ["1.0 on average, where any was"]
+    rewards, ends = np.array([0.0, 0, 0, 1]), np.array([False, False, False, True])
+    wanted = content(IMAGES, np.array([0, 1, 1, 0]), rewards, ends, ends & False)
+    assert card["sha256"] == [f"{wanted} (none recorded)"]
+
+    log, axis = script.read(dataset).log, Figure().subplots()
+    datasets_picture.draw_planes(axis, log.sums / 5)
+    first, second = (image.get_array().filled(0) for image in axis.images)
+    assert first.tolist() == [[0, 9 / 5, 0], [0, 0, 0]]
+    assert second.tolist() == [[0, 0, 0], [0, 0, 60]]
+    assert [text.get_text() for text in axis.texts] == ["0: ≤ 1.8", "1: ≤ 60"]
+
+
+def test_pairs_are_drawn_by_frequency(store, script):
+    log, axis = script.read(store(patients(), *SPACES_OF_STATES)).log, Figure().subplots()
+    datasets_picture.draw_pairs(axis, log)
+    (mesh,) = axis.collections
+    assert mesh.get_array().filled(0).tolist() == [[3, 0], [1, 2], [0, 0]]  # choices 1 to 3 in states 2 and 3
+    assert axis.get_title() == "25.0% of all pairs seen"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["one state", "many choices", "black planes"])
+def test_odd_logs(kind, store, call, tmp_path):
+    """One state and choice; more choices than a table holds; planes that never change, of many channels."""
+    planes = gym.spaces.Box(0, 1, (3, 2, 17), np.uint8)
+    logs = {
+        "one state": ([choosing([0], [1], np.zeros(2, int))], gym.spaces.Discrete(1), 1),
+        "many choices": ([choosing([*range(29), 28], [1] * 30)] * 3, None, 40),
+        "black planes": ([choosing([1, 1], [0, 1], np.zeros((3, 3, 2, 17), np.uint8))], planes, 2),
+    }
+    log, space, choices = logs[kind]
+    store(log, space, gym.spaces.Discrete(choices))
+    assert call(ID)[::2] == (0, "")
+    assert picture(tmp_path).shape[1] == 1700
+    made = {"one state": "1 of 1", "many choices": "29 of 40", "black planes": "1 of 2"}
+    card = tables(tmp_path)
+    assert card["Choices made"] == [made[kind]]
+    if kind == "many choices":  # 28 was made most, and 25 comes after 24 others
+        assert card["28"] == ["6", "6.67%"]
+        assert "25" not in card
+        assert "mean action 28" not in card
+
+
+BROKEN = {
+    "propensities of its 2 steps": {"infos": {"propensity": np.array([0.5, 0.0])}},
+    "propensities of its 2 steps are": {"infos": {"propensity": np.array([0.5, 0.5, 0.5])}},
+    "action_mask of shape (2, 3), not (3, 3)": {"infos": {"action_mask": np.ones((2, 3))}},
+    "actions are not all in Discrete(3, start=1)": {"actions": np.array([0, 1])},
+    "observations are not all in Discrete(4, start=2)": {"observations": np.array([2, 6, 5])},
+}
+
+
+@pytest.mark.parametrize("said", BROKEN)
+def test_logs_that_are_damaged(said, store, call, tmp_path):
+    fine = choosing([1, 2], [0, 1], np.array([2, 3, 5]))
+    store([fine, replace(fine, **BROKEN[said])], *SPACES_OF_STATES)
+    err = refused(call, ID, folder=tmp_path)
+    assert f"episode 1: {said}" in err
+
+
+@QUICK
+def test_environments_that_are_scripts_of_collect(store, script, call, tmp_path, monkeypatch):
+    scripts = tmp_path / "algorithms/collect"
+    scripts.mkdir(parents=True)
+    (scripts / "tiny.py").write_text("from choices import Walk\n")
+    gym.register("reef/Tiny-v0", "reef_tiny:Walk", max_episode_steps=30)
+    try:
+        dataset = store(patients(), *SPACES_OF_STATES)
+        dataset.storage.update_metadata({"env_spec": gym.spec("reef/Tiny-v0").to_json()})
+        monkeypatch.setattr(script, "ROOT", tmp_path)
+        monkeypatch.setattr(script, "references", lambda *arguments: {})
+        assert call(ID)[0] == 0
+    finally:
+        del gym.registry["reef/Tiny-v0"]
+        sys.modules.pop("reef_tiny", None)
+    assert tables(tmp_path)["Environment"] == ["reef/Tiny-v0"]
+    assert "at most 30 steps" in (tmp_path / f"cards/{ID}.md").read_text()
