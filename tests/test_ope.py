@@ -101,7 +101,8 @@ def fake_run(runs, name: str, status: str, q_mean: list):
     folder = runs / f"discrete/{name}/reef/sepsis/mixed-v0/default/seed-3"
     folder.mkdir(parents=True)
     config = {"dataset": "reef/sepsis/mixed-v0", "variant": "default", "seed": 3, "updates": 20}
-    (folder / "run.json").write_text(json.dumps({"status": status, "config": config, "commit": "c0ffee"}))
+    record = {"status": status, "config": config, "commit": "c0ffee", "return_mean": 0.5}
+    (folder / "run.json").write_text(json.dumps(record))
     pd.DataFrame({"update": [10, 20], "critic/q_mean": q_mean}).to_csv(folder / "metrics.csv", index=False)
 
 
@@ -109,11 +110,14 @@ def fake_run(runs, name: str, status: str, q_mean: list):
 def test_learners_have_their_exact_value(tool, monkeypatch, tmp_path):
     fake_run(tmp_path, "dqn", "finished", [5.0, 2.0])
     fake_run(tmp_path, "cql", "running", [0.5, 0.6])
+    fake_run(tmp_path, "dt", "finished", [0.0, 0.0])
     optimum = tool.sepsis.policy_table("optimum")
     monkeypatch.setattr(tool.robust, "load_policy", lambda folder, choices: lambda states: optimum[states])
     words = ["--runs", tmp_path, "--out", tmp_path, "--picture", tmp_path / "picture.png"]
     assert call(tool, monkeypatch, "learners", *words) == 0
-    (row,) = pd.read_csv(tmp_path / "learners.csv").to_dict("records")
+    row, remembers = pd.read_csv(tmp_path / "learners.csv").to_dict("records")
+    assert (row["exact"], remembers["exact"]) == (True, False)
+    assert (remembers["algorithm"], remembers["value"]) == ("dt", 0.5)
     assert (row["algorithm"], row["seed"], row["updates"], row["largest_q_mean"]) == ("dqn", 3, 20, 5.0)
     assert (row["value"], row["clinicians"], row["score"]) == pytest.approx((0.8751, 0.7818, 100), abs=1e-4)
     assert (tmp_path / "picture.png").stat().st_size > 1000

@@ -21,8 +21,9 @@ rankings: the same estimators and logs, twelve policies: how well do they order 
 with the exact values), and what is lost by taking the first (regret@1: the best value less the value of the
 one that ranks first). A value that is unknown ranks last.
 
-learners: the exact value of what every finished run of algorithms/discrete on a sepsis log has learnt, the
-largest mean Q in its metrics, and a picture of dqn's Q beside cql's. configs/benchmark/sepsis.yaml has runs.
+learners: the exact value of what every finished run of algorithms/discrete on a sepsis log has learnt (for
+dt, which remembers, the mean of its final evaluation), the largest mean Q in its metrics, and a picture of
+dqn's Q beside cql's. configs/benchmark/sepsis.yaml has runs.
 
 clicks: a fashion shop's recommendations, 10,000 rows by uniform chance and 10,000 by Thompson sampling (BTS)
 for each of three campaigns (Saito et al., 2020, arXiv:2008.07146), in the package obp: an item at a place, a
@@ -233,19 +234,27 @@ def judge(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def exact_values(runs: Path) -> pd.DataFrame:
-    """A row for each finished run on a sepsis log: the learned policy's exact value, and its Q."""
+    """A row for each finished run on a sepsis log: the learned policy's exact value, and its Q.
+
+    That of dt, which remembers and so has no table of choices, is the mean of its final evaluation.
+    """
     doctors, best = (sepsis.value(sepsis.policy_table(name)) for name in ("clinician", "optimum"))
     rows = []
     for file in sorted(runs.glob("discrete/*/reef/sepsis/*/*/seed-*/run.json")):
         info = json.loads(file.read_text())
         if info["status"] != "finished":
             continue
-        policy = sepsis.policy_table("random")  # for the three states that are ends
-        policy[: sepsis.DEATH] = robust.load_policy(str(file.parent), sepsis.ACTIONS)(np.arange(sepsis.DEATH))
-        value, config = sepsis.value(policy), info["config"]
-        row = {"algorithm": file.relative_to(runs).parts[1]}
+        algorithm, config = file.relative_to(runs).parts[1], info["config"]
+        if algorithm == "dt":
+            value = info["return_mean"]
+        else:
+            policy = sepsis.policy_table("random")  # for the three states that are ends
+            learned = robust.load_policy(str(file.parent), sepsis.ACTIONS)
+            policy[: sepsis.DEATH] = learned(np.arange(sepsis.DEATH))
+            value = sepsis.value(policy)
+        row = {"algorithm": algorithm}
         row |= {name: config[name] for name in ("dataset", "variant", "seed", "updates")}
-        row |= {"value": value, "clinicians": doctors, "optimum": best}
+        row |= {"value": value, "exact": algorithm != "dt", "clinicians": doctors, "optimum": best}
         row["score"] = 100 * (value - doctors) / (best - doctors)
         metrics = pd.read_csv(file.parent / "metrics.csv")
         q_mean = metrics.get("critic/q_mean", pd.Series([np.nan]))
