@@ -23,7 +23,7 @@ one that ranks first). A value that is unknown ranks last.
 
 learners: the exact value of what every finished run of algorithms/discrete on a sepsis log has learnt (for
 dt, which remembers, the mean of its final evaluation), the largest mean Q in its metrics, and a picture of
-dqn's Q beside cql's. configs/benchmark/sepsis.yaml has runs.
+dqn's Q beside cql's and iql's. configs/benchmark/sepsis.yaml has runs.
 
 clicks: a fashion shop's recommendations, 10,000 rows by uniform chance and 10,000 by Thompson sampling (BTS)
 for each of three campaigns (Saito et al., 2020, arXiv:2008.07146), in the package obp: an item at a place, a
@@ -265,19 +265,19 @@ def exact_values(runs: Path) -> pd.DataFrame:
 
 
 def draw(runs: Path, picture: Path) -> None:
-    """dqn's mean Q beside cql's, a line for each run, and what no return exceeds."""
+    """dqn's mean Q beside cql's and iql's, a line for each run, and what no return exceeds."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
-    for color, name in (("tab:red", "dqn"), ("tab:blue", "cql")):
+    for color, name in (("tab:red", "dqn"), ("tab:blue", "cql"), ("tab:green", "iql")):
         label = name
         for file in sorted(runs.glob(f"discrete/{name}/reef/sepsis/*/default/seed-*/metrics.csv")):
             metrics = pd.read_csv(file).dropna(subset="critic/q_mean")
             axes.plot(metrics["update"], metrics["critic/q_mean"], color=color, label=label, lw=1)
             label = None  # once in the legend
     axes.axhline(1, color="black", lw=1, ls="--", label="the most a return can be")
-    axes.set(xlabel="updates", ylabel="mean Q of the log's doses")
+    axes.set(xlabel="updates", ylabel="mean Q of the log's doses", yscale="log")
     axes.legend()
     figure.savefig(picture, dpi=120)
     pyplot.close(figure)
@@ -458,7 +458,7 @@ def main() -> int:
         part.add_argument("--episodes", type=int, default=1000, help="of a log")
     coverage.add_argument("--resamples", type=int, default=200, help="of a log's episodes, for an interval")
     learners.add_argument("--runs", type=Path, default=ROOT / "results/runs")
-    learners.add_argument("--picture", type=Path, help="of the mean Q of dqn and cql")
+    learners.add_argument("--picture", type=Path, help="of the mean Q of dqn, cql and iql")
     clicks.add_argument("--folder", type=Path, help="with random/ and bts/; the package's own")
     locomotion.add_argument("--updates", type=int, default=5000, help="of each policy's critics")
     for part in parts.choices.values():
