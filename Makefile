@@ -5,7 +5,7 @@
 ## make ogbench          add to .venv OGBench's environments and experts (its datasets ask for it by themselves)
 ## make language         add to .venv what algorithms/language needs, and write the language model that it starts from
 ## make datasets         make all local datasets but OGBench's (hours) that are not there yet, name what cannot be made
-## make bench            updates per second of every script (about an hour)
+## make bench            updates per second of every script (an hour or so)
 ## make scores           gather finished runs into results/scores/*.csv
 ## make plot             learning curves and a table of the runs in results/runs
 ## make report           tables, figures and a page of all recorded scores, in results/report
