@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, learner_class, load_script, random_episodes, short
-from logs import course, store
+from logs import course, gated, store
 from minari.data_collector import EpisodeBuffer
 from test_report_page import browser  # noqa: F401
 
@@ -97,6 +97,7 @@ def log_of(observations, actions, rewards=None, metadata=None, choices: int = 0,
     log.observations, log.actions = np.asarray(observations, np.float32), np.asarray(actions)
     log.episode = np.arange(len(log.actions)) if episode is None else np.asarray(episode)
     log.choices, log.states, log.planes = choices, log.observations.ndim == 1, False
+    log.allowed = None
     act_dim = choices or log.actions.shape[1]
     log.columns = {"bounds": np.array([[-2.0] * act_dim, [2.0] * act_dim])}
     word = "choice" if choices else "action"
@@ -152,7 +153,16 @@ def test_a_choice_is_rare_where_the_log_hardly_makes_it():
 def test_answers_that_are_not_finite_are_an_error():
     policy = assess.Policy("p", lambda observations: np.full((2, 1), np.nan))
     with pytest.raises(assess.UserError, match="p: its actions are not all finite"):
-        assess.answers(policy, np.zeros((2, 1)))
+        assess.answers(policy, log_of(np.zeros((2, 1)), [[0.0], [0.0]]), np.arange(2))
+
+
+def test_policies_are_asked_with_the_logs_masks(minari_root):
+    """Of 18 choices of `gated`, 12 are of three and 6 of one: evenly, 12 / 3 + 6 are the log's."""
+    log = assess.Log(store("test/logs/gated-assess-v0", gated(1)).id)
+    evenly = assess.Policy("evenly", lambda observations, allowed: allowed / allowed.sum(1, keepdims=True))
+    assert assess.imitation_error(evenly, log, 0) == pytest.approx(1 - 10 / 18)
+    found = assess.measure_departures([evenly], log, log, evenly.ask, 0)["evenly"]
+    np.testing.assert_allclose(found.actions["share of the policy"], [12 / 54, 12 / 54, 30 / 54])
 
 
 # -------------------------------------------------- Drift --------------------------------------------------

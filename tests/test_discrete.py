@@ -3,6 +3,7 @@ on sepsis, what their policies are worth exactly."""
 
 import importlib.util
 import json
+from types import SimpleNamespace
 from unittest import mock
 
 import gymnasium as gym
@@ -55,13 +56,23 @@ KINDS = {
         gym.spaces.Box(0, 255, (20, 18, 2), np.uint8),
         [np.random.default_rng(0).integers(2, size=(3, 20, 18, 2), dtype=np.uint8)],
     ),
+    "stacked frames": (
+        gym.spaces.Box(0, 255, (4, 20, 18), np.uint8),
+        [np.random.default_rng(0).integers(2, size=(3, 4, 20, 18), dtype=np.uint8)],
+    ),
+}
+NETWORK_INPUTS = {
+    "states": lambda seen: np.eye(5)[[0, 4]],
+    "vectors": lambda seen: (seen - [2, 3]) / 1.001,
+    "planes": lambda seen: seen.astype(float),  # the largest value is 1
+    "stacked frames": lambda seen: seen.transpose(0, 2, 3, 1).astype(float),  # channels last
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_observations_reach_the_networks(minari_root, kind):
     script, (space, seen) = load_script("discrete/cql.py"), KINDS[kind]
-    name = f"test/kinds/{kind}-v0"
+    name = f"test/kinds/{kind.replace(' ', '-')}-v0"
     spaces = {"observation_space": space, "action_space": gym.spaces.Discrete(4, start=10)}
     episodes = episodes_of(seen, start=10)
     minari.create_dataset_from_buffers(name, episodes, data_format="hdf5", jpeg_encoding=False, **spaces)
@@ -72,14 +83,10 @@ def test_observations_reach_the_networks(minari_root, kind):
     assert data["actions"].tolist() == [2, 0]
     assert data["rewards"].tolist() == [0.5, 1.0]
     assert data["terminations"].tolist() == [0, 1]
-    dtypes = {"states": torch.int64, "vectors": torch.float32, "planes": torch.uint8}
-    assert data["observations"].dtype == dtypes[kind]
+    dtypes = {"states": torch.int64, "vectors": torch.float32}
+    assert data["observations"].dtype == dtypes.get(kind, torch.uint8)
     rows = encoder.encode_batch(data)
-    wanted = {
-        "states": np.eye(5)[[0, 4]],
-        "vectors": (seen[0][:2] - [2, 3]) / 1.001,
-        "planes": seen[0][:2].astype(float),  # the largest value is 1
-    }[kind]
+    wanted = NETWORK_INPUTS[kind](seen[0][:2])
     assert rows["observations"].numpy() == pytest.approx(wanted, abs=1e-6)
     learner = script.DiscreteCQL(script.Config(hidden_dim=8), encoder)
     assert all(np.isfinite(float(value)) for value in learner.update(data).values())
@@ -134,6 +141,23 @@ def test_what_is_read_of_minigrids_dicts(grids):
     assert other.observation_space.shape == (7, 7, 3)
     assert (other.id, other.action_space.n) == (grids, 7)
     assert dataset.env_spec.additional_wrappers == ()  # as it was
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_choices_that_do_not_fit_into_memory(grids, tmp_path, monkeypatch, capsys, name):
+    """Images are counted in bytes, of Dicts alone; choices and two more numbers of 4 bytes; three copies."""
+    script, steps = load_script(f"discrete/{name}.py"), minari.load_dataset(grids).total_steps
+    needed = 3 * steps * (2 * 7 * 7 * 3 + 4 + 8)
+    free = SimpleNamespace(available=needed - 1)
+    monkeypatch.setattr(script.psutil, "virtual_memory", lambda: free)
+    read = script.image_alone(minari.load_dataset(grids))
+    with pytest.raises(script.UserError, match=rf"{grids} needs 0\.0 GB of memory; 0\.0 GB are free"):
+        script.check_memory(read, torch.device("cpu"))
+    monkeypatch.setattr(script, "read_choices", lambda *_: pytest.fail("it has read the data"))
+    with pytest.raises(script.UserError, match="GB of memory"):
+        script.train(script.parse_config(short(grids, tmp_path)))
+    free.available = needed
+    script.check_memory(read, torch.device("cpu"))
 
 
 def test_a_dataset_without_images_is_what_it_was(walk):

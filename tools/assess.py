@@ -183,6 +183,8 @@ class Log:
         self.episode = np.nonzero(self.mask)[0]  # of each of M steps
         self.observations = self.columns["observations"][:, :-1][self.mask]  # [M, ...]
         self.actions = self.columns["actions"][self.mask]  # [M], or [M, act_dim] in [-1, 1]
+        masks = self.columns.get("allowed")
+        self.allowed = None if masks is None else masks[:, :-1][self.mask]  # [M, A]
         self.states = self.observations.ndim == 1
         self.planes = self.observations.ndim == 4
         self.returns = self.columns["rewards"].sum(1)
@@ -270,11 +272,12 @@ class Departure:
         return float(self.rare.mean())
 
 
-def answers(policy: Policy, observations: np.ndarray) -> np.ndarray:
-    """Of a policy, with torch's noise seeded; an error where they are not finite."""
+def answers(policy: Policy, log: Log, rows: np.ndarray) -> np.ndarray:
+    """Of a policy at `rows` of a log, with torch's noise seeded; an error where they are not finite."""
+    masks = {} if log.allowed is None else {"allowed": log.allowed[rows]}
     torch.manual_seed(0)
     try:
-        given = np.asarray(policy.ask(observations), np.float64)
+        given = np.asarray(policy.ask(log.observations[rows], **masks), np.float64)
     except Exception as error:  # of a log with other observations
         raise UserError(f"{policy.label} does not fit this log: {error!r:.150}") from None
     if not np.isfinite(given).all():
@@ -310,7 +313,7 @@ def departure_of_vectors(
 ) -> Departure:
     low, high = log.columns["bounds"]
     span = np.maximum(high - low, 1e-9)
-    given = 2 * (answers(policy, judge.observations[rows]) - low) / span - 1  # [Q, act_dim]
+    given = 2 * (answers(policy, judge, rows) - low) / span - 1  # [Q, act_dim]
     logged_low, logged_high = judge.columns["bounds"]
     logged = logged_low + (judge.actions[rows] + 1) / 2 * (logged_high - logged_low)
     logged = 2 * (logged - low) / span - 1  # by the same bounds
@@ -337,7 +340,7 @@ def departure_of_vectors(
 def departure_of_choices(
     policy: Policy, log: Log, judge: Log, rows: np.ndarray, shown: np.ndarray
 ) -> Departure:
-    given = answers(policy, judge.observations[rows])  # [Q, A]
+    given = answers(policy, judge, rows)  # [Q, A]
     seldom = shown < RARE_CHOICE  # [Q, A]
     rare = (given * seldom).sum(1)  # (3)
     logged = judge.actions[rows]
@@ -360,7 +363,7 @@ def measure_departures(
 ) -> dict[str, Departure]:
     rows = choose_rows(judge, ROWS, seed)
     if log.choices:
-        shown = answers(Policy(CLONE, clone), judge.observations[rows])
+        shown = answers(Policy(CLONE, clone), judge, rows)
         return {p.label: departure_of_choices(p, log, judge, rows, shown) for p in policies}
     near = nearest_actions(log, judge, rows, seed)
     return {p.label: departure_of_vectors(p, log, judge, rows, near) for p in policies}
@@ -399,7 +402,7 @@ def where_rare(judge: Log, departure: Departure) -> pd.DataFrame:
 def imitation_error(policy: Policy, log: Log, seed: int) -> float:
     """Mean squared distance to the log's actions in [-1, 1]; of choices, the share of other ones."""
     rows = choose_rows(log, LOSS_ROWS, seed)
-    given, logged = answers(policy, log.observations[rows]), log.actions[rows]
+    given, logged = answers(policy, log, rows), log.actions[rows]
     if log.choices:
         return float(1 - np.take_along_axis(given, logged[:, None], 1).mean())
     low, high = log.columns["bounds"]

@@ -46,6 +46,7 @@ import huggingface_hub
 import minari
 import numpy as np
 import pandas as pd
+import psutil
 import pyrallis
 import torch
 import yaml
@@ -184,7 +185,9 @@ def train(config: Config) -> None:
     device = set_up_torch(config)
     find_local_environments()
     dataset = load_dataset(config.dataset)
-    environments = make_environments(image_alone(dataset), config.environment)
+    read = image_alone(dataset)
+    check_memory(read, device)
+    environments = make_environments(read, config.environment)
     episodes, dataset_hash = read_choices(dataset)
     encoder = fit_encoder(episodes, dataset, config.normalize_states).to(device)
     data = choice_transitions(episodes, encoder)
@@ -392,13 +395,17 @@ class Encoder(nn.Module):
         counts |= {"choices": choices, "first_choice": first_choice}
         for name, value in counts.items():
             self.register_buffer(name, torch.as_tensor(int(value)))
-        self.shape = (int(states),) if states else tuple(self.mean.shape)
+        shape = tuple(self.mean.shape)
+        self.channels_first = len(shape) == 3 and shape[0] < min(shape[1:])  # frames one upon another
+        channels_last = (*shape[1:], shape[0]) if self.channels_first else shape
+        self.shape = (int(states),) if states else channels_last  # of the networks' input
 
     def forward(self, observations: Tensor) -> Tensor:
         """Observations as they are kept -> [..., *shape]."""
         if len(self.mean) == 0:
             return nn.functional.one_hot(observations - self.first_state, self.shape[0]).float()
-        return (observations - self.mean) / self.std
+        scaled = (observations - self.mean) / self.std
+        return scaled.movedim(-3, -1) if self.channels_first else scaled
 
     def encode(self, observations) -> Tensor:
         """Raw observations of an environment, or Dicts -> [..., *shape]."""
@@ -487,6 +494,21 @@ def load_dataset(name: str) -> minari.MinariDataset:
     return dataset
 
 
+def check_memory(dataset: minari.MinariDataset, device: torch.device) -> None:
+    """An error where three copies do not fit: episodes, transitions, one on the way."""
+    spaces = *leaves(dataset.observation_space) * 2, *leaves(dataset.action_space)
+    sizes = [math.prod(space.shape or ()) * min(np.dtype(space.dtype).itemsize, 4) for space in spaces]
+    needed = 3 * dataset.total_steps * (sum(sizes) + 8)  # of each step also two float32
+    free, limit = psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.max")  # a container's
+    if limit.exists() and limit.read_text() != "max\n":
+        usage = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+        free = min(free, int(limit.read_text()) - int(usage["anon"]))
+    if device.type == "cuda":
+        free = min(free, torch.cuda.mem_get_info(device)[0])
+    if needed > free:
+        raise UserError(f"{dataset.id} needs {needed / 1e9:,.1f} GB of memory; {free / 1e9:,.1f} GB are free")
+
+
 def leaves(tree) -> list:
     """The entries of a Dict in the order of its sorted keys, however deep; anything else is its own leaf."""
     if isinstance(tree, Mapping):
@@ -555,7 +577,7 @@ def make_environments(dataset: minari.MinariDataset, name: str | None) -> gym.ve
 
 
 def image_alone(dataset: minari.MinariDataset):
-    """What `make_environments` takes of a dataset, which is the image alone where observations have one."""
+    """What scripts read of a dataset and of its environment: of observations with an image, this alone."""
     space, spec = image_of(dataset.observation_space), dataset._eval_env_spec or dataset.env_spec
     if space is dataset.observation_space:
         return dataset
@@ -564,8 +586,8 @@ def image_alone(dataset: minari.MinariDataset):
         looking = {"func": image_of, "observation_space": space}
         wrapper = WrapperSpec("TransformObservation", "gymnasium.wrappers:TransformObservation", looking)
         spec = dataclasses.replace(spec, additional_wrappers=(*spec.additional_wrappers, wrapper))
-    facts = {"id": dataset.id, "observation_space": space, "action_space": dataset.action_space}
-    return SimpleNamespace(**facts, _eval_env_spec=None, env_spec=spec)
+    facts = {"id": dataset.id, "total_steps": dataset.total_steps, "action_space": dataset.action_space}
+    return SimpleNamespace(**facts, observation_space=space, _eval_env_spec=None, env_spec=spec)
 
 
 def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, seed: tuple) -> pd.DataFrame:

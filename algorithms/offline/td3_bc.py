@@ -379,9 +379,10 @@ def load_dataset(name: str) -> minari.MinariDataset:
 
 
 def check_memory(dataset: minari.MinariDataset, device: torch.device) -> None:
-    """An error where three copies in float32 do not fit: episodes, transitions, one on the way."""
-    spaces = dataset.observation_space, dataset.observation_space, dataset.action_space
-    needed = 12 * dataset.total_steps * (sum(map(gym.spaces.flatdim, spaces)) + 2)
+    """An error where three copies do not fit: episodes, transitions, one on the way."""
+    spaces = *leaves(dataset.observation_space) * 2, *leaves(dataset.action_space)
+    sizes = [math.prod(space.shape or ()) * min(np.dtype(space.dtype).itemsize, 4) for space in spaces]
+    needed = 3 * dataset.total_steps * (sum(sizes) + 8)  # of each step also two float32
     free, limit = psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.max")  # a container's
     if limit.exists() and limit.read_text() != "max\n":
         usage = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
