@@ -6,7 +6,8 @@ That the score is that of the last weights, test_runs.py holds for every script.
 import numpy as np
 import pytest
 import torch
-from conftest import load_script, new_learner
+import yaml
+from conftest import ROOT, load_script, new_learner
 from oracles import (
     ACT,
     OBS,
@@ -312,3 +313,17 @@ def test_defaults_are_the_papers():
     wanted |= {"actor_lr": 3e-4, "critic_lr": 3e-4, "discount": 0.99, "eta": 1.0, "diffusion_steps": 5}
     wanted |= {"actor_tau": 0.005, "ema_every": 5, "target_samples": 1, "act_samples": 32}
     assert {field: getattr(config, field) for field in wanted} == wanted
+
+
+def test_configs_have_the_papers_step_sizes_and_lengths():
+    """A smaller step size is the actor's alone; each body's data have their own longest gradient."""
+    folder = ROOT / "configs/offline/diffusion_ql"
+    files = folder.rglob("*.yaml")
+    values = {str(path.relative_to(folder)): yaml.safe_load(path.read_text()) for path in files}
+    adroit = [name for name in values if name.startswith("D4RL/") and "pointmaze" not in name]
+    assert {values[name]["actor_lr"] for name in adroit} == {3e-5}
+    assert not [name for name in values if "critic_lr" in values[name]]
+    wanted = {"halfcheetah": (9, 2, 7), "hopper": (9, 4, 5), "walker2d": (1, 4, 5)}
+    for body, lengths in wanted.items():
+        for kind, length in zip(("medium", "medium-replay", "medium-expert"), lengths):
+            assert dql.Config(**values[f"reef/{body}/{kind}-v1.yaml"]).gradient_norm == length
