@@ -303,12 +303,13 @@ def test_drops_units_in_training_only(batch, rows):
     assert not any(module.training for module in learner.ema_actor.modules())
 
 
-def test_blocks_are_no_wider_than_hidden_dim_and_the_value_is_not_normalised():
-    """Two of the differences from the paper."""
+def test_blocks_are_no_wider_than_hidden_dim_the_value_is_not_normalised_and_weights_do_not_decay():
+    """Three of the differences from the paper."""
     learner = make(stand_in=False, hidden_dim=6)
     widths = {layer.out_features for layer in learner.actor.blocks.modules() if isinstance(layer, nn.Linear)}
     assert widths == {6}
     assert not [layer for layer in learner.value.modules() if isinstance(layer, nn.LayerNorm)]
+    assert learner.actor_optimizer.param_groups[0]["weight_decay"] == 0
 
 
 # -------------------------------------------------- update --------------------------------------------------

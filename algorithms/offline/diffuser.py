@@ -19,13 +19,13 @@ its gradient leads the plans on their way out of the noise, and it picks the bes
        tau^{i-1} = m + sqrt(v_i) z,  z ~ N(0, 1), s_t as it is
   (9)  pi executes the first K actions of the one of N plans tau^0 with the greatest J_phi'(tau^0, 1)
 
-Differences from the paper: for one core levels of 32 and 64 channels (and 128, 256), batches of 32 (64), N
-is 4 (64), and in the configs for it K is above 1 and updates are fewer. Further, (7) climbs tau^i, for
-which J was trained, as the authors' code does (m); J is the way down of the U-Net and one hidden layer; it
-learns standardised returns, so that one c serves all data (.1, .001 or .0001 of raw ones); gamma is .997
-(.99, but the J that the authors plan with has .997); theta' moves from the first update on (2000th);
-actions are scaled by their bounds (deviations), and cut to them; a maze's goal is for J to find (written in
-as the last state); the score is that of the last weights.
+Differences from the paper: for one core levels of 32 and 64 channels (and 128, 256), batches of 32 (64), N is
+4 (64), and in the configs for it K is above 1 and updates are fewer. Further, (7) climbs tau^i, for which J
+was trained, as the authors' code does (m); J is the way down of the U-Net and one hidden layer, trained as
+long as tau_theta (a fifth) on standardised returns, so that one c serves all data (.1, .001 or .0001 of raw
+ones); gamma is .997 (.99, but .997 where the authors plan); theta' moves from the first update on (2000th);
+beyond an episode stands its last step (zeros); (9) asks about tau^0 (tau^1); actions are scaled by their
+bounds (deviations), and cut to them; J finds a maze's goal (the last state); the score is the last weights'.
 
   python algorithms/offline/diffuser.py --config_path configs/offline/diffuser/reef/pointmaze/umaze-v0.yaml
 """

@@ -20,7 +20,7 @@ Differences from the paper: an MLP predicts the noise (a U-Net of 1-D convolutio
 plan takes 10 steps of DDIM, as on the authors' robots, so that ten environments wait no more than 20 ms for
 one core (100 of DDPM: act_stride 1, act_noise 1); s counts from the first update (second); the cosine begins
 with the first update (when warm); any step may be t (none of an episode's last Ta - 1); actions are scaled by
-their bounds, observations by their extremes in the data (both by these).
+their bounds, observations by their extremes in the data (both by these); e is the clipped x's (eps_theta').
 
   python algorithms/offline/diffusion_policy.py \\
       --config_path configs/offline/diffusion_policy/reef/pointmaze/umaze-v0.yaml
@@ -203,7 +203,7 @@ def squared_cosine_schedule(steps: int) -> Tensor:
 
 
 class NoiseMLP(nn.Module):
-    """eps_theta: noise [B, act_dim] in actions [B, act_dim] at steps [B], or all at one [1], from 0 on."""
+    """eps_theta: noise [B, act_dim] in actions [B, act_dim] at steps [B], or all at one [1]."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, hidden_layers: int):
         super().__init__()

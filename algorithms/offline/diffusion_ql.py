@@ -214,7 +214,7 @@ def vp_schedule(steps: int) -> tuple[Tensor, Tensor]:
 
 
 class NoiseMLP(nn.Module):
-    """eps_theta: noise [B, act_dim] in actions [B, act_dim] at steps [B], or all at one [1], from 0 on."""
+    """eps_theta: noise [B, act_dim] in actions [B, act_dim] at steps [B], or all at one [1]."""
 
     def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, hidden_layers: int):
         super().__init__()

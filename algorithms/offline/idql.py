@@ -1,8 +1,7 @@
 """IDQL: implicit Q-learning with a diffusion policy (Hansen-Estruch et al., 2023, arXiv:2304.10573).
 
-Q and V are those of iql.py. The actor is a diffusion model, which imitates all of the data's actions, the bad
-ones too; the policy draws N actions from it and takes the one with the largest Q. So it can be as many-sided
-as the data are, and N says how greedy it is.
+Q and V are those of iql.py. The actor, a diffusion model, imitates all of the data's actions, the bad ones
+too; the policy draws N actions from it and takes the one with the largest Q. So N says how greedy it is.
 
   (1)  u = min_i Q'_i(s, a) - V(s),  L_V = mean |e - 1[u < 0]| u^2           e: expectile
   (2)  y = r + gamma (1 - d) V(s'),  L_Q = sum_i mean (Q_i(s, a) - y)^2      d: terminated, not truncated
@@ -16,7 +15,8 @@ as the data are, and N says how greedy it is.
 
 Differences from the paper: so that ten environments wait no more than 20 ms for one core, N is 16 (64) and a
 block's inner layer as wide as the others (four times); V has no layer normalisation; the actor's two steps in
-an update take half of the batch each; an episode that a time limit cuts keeps its last transition.
+an update take half of the batch each; its weights do not decay (by 1e-4 of a step size), and all begin as
+torch's (Xavier's); an episode that a time limit cuts keeps its last transition.
 
   python algorithms/offline/idql.py --config_path configs/offline/idql/reef/pointmaze/umaze-v0.yaml
 """

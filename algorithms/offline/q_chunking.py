@@ -15,8 +15,8 @@ are drawn from a flow model that imitates the data's, the one with the largest Q
   (7)  Q' <- Q' + tau (Q - Q')
   (8)  a_t, ..., a_{t+h-1} = pi(s_t)                                      acting: h steps without a look at s
 
-Differences from the paper: its offline phase only; all chunks lie within an episode (its code masks what lies
-beyond the end); a termination inside a chunk ends (1) (its code adds up what was recorded after it).
+Differences from the paper: its offline phase only; all chunks lie within an episode (masked beyond it); a
+termination ends (1) (later rewards count); (7) takes the new Q (old); weights begin as torch's (Xavier).
 
   python algorithms/offline/q_chunking.py --config_path configs/offline/q_chunking/reef/hopper/medium-v1.yaml
 """
