@@ -14,9 +14,8 @@ to the flow, and so to the data, it stays.
   (7)  Q' <- Q' + tau (Q - Q')
   (8)  pi(s) = clip mu(s, z)
 
-Differences from the paper: three optimisers of one step size (one over all weights, the same); (7) takes the
-new Q (the old); weights begin as torch's (Xavier); an episode that a time limit cuts keeps its last
-transition.
+Differences from the paper: three optimisers of one step size (one over all weights: the same); (7) takes the
+new Q (old); weights begin as torch's (Xavier); an episode that a time limit cuts keeps its last transition.
 
   python algorithms/offline/fql.py --config_path configs/offline/fql/reef/pointmaze/umaze-v0.yaml
 """
