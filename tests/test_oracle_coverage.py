@@ -16,7 +16,7 @@ PAIRS = {f"offline/{name}.py": f"tests/test_{name}.py" for name in OFFLINE}
 PAIRS |= {f"finetune/{name}.py": f"tests/test_finetune_{name}.py" for name in FINETUNE}
 OTHERS = dict.fromkeys(("evaluate", "language", "context"), "tests/test_{}.py")  # their tests
 OTHERS["discrete"] = "tests/test_discrete_{}.py"
-COLLECTORS = ("dark_room", "label_rewards", "minatar", "sentiment", "sepsis")
+COLLECTORS = ("dark_room", "label_rewards", "minatar", "screens", "sentiment", "sepsis")
 PAIRS |= {f"{family}/{path.name}": tests.format(path.stem)
           for family, tests in OTHERS.items() for path in sorted((ROOT / "algorithms" / family).glob("*.py"))}
 PAIRS |= {f"collect/{name}.py": f"tests/test_{name}.py" for name in COLLECTORS}

@@ -17,8 +17,8 @@ LEARNERS = [path for path in SCRIPTS if path.startswith(FAMILIES)]
 MAX_WIDTH = 110
 LIMITS = {  # own part, train, first line of `update`, toolbox with its banner; the longest name counts
     "algorithms/": (330, 50, 150, 657),
-    "algorithms/discrete/": (330, 50, 150, 761),  # states, vectors, planes, images of Dicts; masks
-    "algorithms/discrete/dt.py": (383, 50, 150, 761),  # a transformer as well as convolutions
+    "algorithms/discrete/": (330, 50, 150, 767),  # states, vectors, planes, images of Dicts; masks
+    "algorithms/discrete/dt.py": (383, 50, 150, 767),  # a transformer as well as convolutions
     "algorithms/finetune/": (370, 60, 161, 838),  # a second phase, in an environment
     "algorithms/finetune/wsrl.py": (370, 62, 161, 838),  # steps without updates between the phases
     "algorithms/offline/diffuser.py": (446, 50, 150, 657),  # a temporal U-Net and a network of returns

@@ -237,7 +237,7 @@ def train(config: Config) -> None:
     find_local_environments()
     dataset = load_dataset(config.dataset)
     read = image_alone(dataset)
-    check_memory(read, device)
+    check_memory(read, device, copies=3)
     environments = make_environments(read, config.environment)
     episodes, dataset_hash = read_choices(dataset)
     scale_rewards(episodes, config.reward_scale, config.reward_shift, config.normalize_rewards)
@@ -499,7 +499,8 @@ def fit_encoder(episodes: list, dataset: minari.MinariDataset, normalize_states:
 
 def choice_transitions(episodes: list, encoder: Encoder) -> dict[str, Tensor]:
     """All N steps on the encoder's device, observations as kept, choices from 0; none crosses an episode."""
-    steps = {name: np.concatenate([episode[name] for episode in episodes]) for name in episodes[0]}
+    names = "actions", "rewards", "terminations"
+    steps = {name: np.concatenate([episode[name] for episode in episodes]) for name in names}
     columns = {
         "observations": np.concatenate([episode["observations"][:-1] for episode in episodes]),
         "actions": steps["actions"] - int(encoder.first_choice),  # [N]
@@ -507,7 +508,7 @@ def choice_transitions(episodes: list, encoder: Encoder) -> dict[str, Tensor]:
         "next_observations": np.concatenate([episode["observations"][1:] for episode in episodes]),
         "terminations": steps["terminations"],  # [N]
     }
-    if "allowed" in steps:
+    if "allowed" in episodes[0]:
         columns["allowed"] = np.concatenate([episode["allowed"][:-1] for episode in episodes])  # [N, A]
         columns["next_allowed"] = np.concatenate([episode["allowed"][1:] for episode in episodes])
     return {name: torch.as_tensor(column, device=encoder.mean.device) for name, column in columns.items()}
@@ -515,11 +516,13 @@ def choice_transitions(episodes: list, encoder: Encoder) -> dict[str, Tensor]:
 
 def agreement(probabilities: Callable, data: dict[str, Tensor]) -> float:
     """How likely the policy makes the data's choices, on average over 1,024 fixed rows."""
-    rows = np.random.default_rng(0).integers(len(data["actions"]), size=1024)
-    chosen = data["actions"][rows].cpu().numpy()
-    allowed = data["allowed"][rows] if "allowed" in data else None
-    given = probabilities(data["observations"][rows].cpu().numpy(), allowed)
-    return float(np.take_along_axis(given, chosen[:, None], 1).mean())
+    drawn, found = np.random.default_rng(0).integers(len(data["actions"]), size=1024), []
+    for rows in np.split(drawn, 16):  # of whole screens more would fill the memory
+        chosen = data["actions"][rows].cpu().numpy()
+        allowed = data["allowed"][rows] if "allowed" in data else None
+        given = probabilities(data["observations"][rows].cpu().numpy(), allowed)
+        found.append(np.take_along_axis(given, chosen[:, None], 1))
+    return float(np.mean(found))
 
 
 def find_local_environments() -> None:
@@ -553,11 +556,11 @@ def load_dataset(name: str) -> minari.MinariDataset:
     return dataset
 
 
-def check_memory(dataset: minari.MinariDataset, device: torch.device) -> None:
-    """An error where three copies do not fit: episodes, transitions, one on the way."""
-    spaces = *leaves(dataset.observation_space) * 2, *leaves(dataset.action_space)
+def check_memory(dataset: minari.MinariDataset, device: torch.device, copies: int = 6) -> None:
+    """An error where so many copies of the observations, and three of all else, do not fit."""
+    spaces = leaves(dataset.observation_space) * copies + leaves(dataset.action_space) * 3
     sizes = [math.prod(space.shape or ()) * min(np.dtype(space.dtype).itemsize, 4) for space in spaces]
-    needed = 3 * dataset.total_steps * (sum(sizes) + 8)  # of each step also two float32
+    needed = dataset.total_steps * (sum(sizes) + 24)  # with two float32 of every step
     free, limit = psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.max")  # a container's
     if limit.exists() and limit.read_text() != "max\n":
         usage = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
@@ -644,18 +647,24 @@ def make_environments(dataset: minari.MinariDataset, name: str | None) -> gym.ve
     return environments
 
 
-def image_alone(dataset: minari.MinariDataset):
+def image_alone(dataset: minari.MinariDataset) -> SimpleNamespace:
     """What scripts read of a dataset and of its environment: of observations with an image, this alone."""
     space, spec = image_of(dataset.observation_space), dataset._eval_env_spec or dataset.env_spec
-    if space is dataset.observation_space:
-        return dataset
-    print(f"of the observations' {', '.join(dataset.observation_space)} only image is read")
-    if spec:
-        looking = {"func": image_of, "observation_space": space}
-        wrapper = WrapperSpec("TransformObservation", "gymnasium.wrappers:TransformObservation", looking)
-        spec = dataclasses.replace(spec, additional_wrappers=(*spec.additional_wrappers, wrapper))
+    wrappers = [as_made(wrapper) for wrapper in spec.additional_wrappers] if spec else []
+    if space is not dataset.observation_space:
+        print(f"of the observations' {', '.join(dataset.observation_space)} only image is read")
+        name, looking = "TransformObservation", {"func": image_of, "observation_space": space}
+        wrappers.append(WrapperSpec(name, f"gymnasium.wrappers:{name}", looking))
+    spec = spec and dataclasses.replace(spec, additional_wrappers=tuple(wrappers))
     facts = {"id": dataset.id, "total_steps": dataset.total_steps, "action_space": dataset.action_space}
     return SimpleNamespace(**facts, observation_space=space, _eval_env_spec=None, env_spec=spec)
+
+
+def as_made(wrapper: WrapperSpec) -> WrapperSpec:
+    """A recorded wrapper with tuples again where JSON, in which it was kept, has lists."""
+    items = (wrapper.kwargs or {}).items()
+    kwargs = {name: tuple(value) if isinstance(value, list) else value for name, value in items}
+    return dataclasses.replace(wrapper, kwargs=kwargs)
 
 
 def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, seed: tuple) -> pd.DataFrame:

@@ -448,11 +448,11 @@ def read_episodes(dataset: minari.MinariDataset) -> tuple[list[dict[str, np.ndar
     return episodes, digest.hexdigest()
 
 
-def check_memory(dataset: minari.MinariDataset, device: torch.device) -> None:
-    """An error where three copies do not fit: episodes, transitions, one on the way."""
-    spaces = *leaves(dataset.observation_space) * 2, *leaves(dataset.action_space)
+def check_memory(dataset: minari.MinariDataset, device: torch.device, copies: int = 6) -> None:
+    """An error where so many copies of the observations, and three of all else, do not fit."""
+    spaces = leaves(dataset.observation_space) * copies + leaves(dataset.action_space) * 3
     sizes = [math.prod(space.shape or ()) * min(np.dtype(space.dtype).itemsize, 4) for space in spaces]
-    needed = 3 * dataset.total_steps * (sum(sizes) + 8)  # of each step also two float32
+    needed = dataset.total_steps * (sum(sizes) + 24)  # with two float32 of every step
     free, limit = psutil.virtual_memory().available, Path("/sys/fs/cgroup/memory.max")  # a container's
     if limit.exists() and limit.read_text() != "max\n":
         usage = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
