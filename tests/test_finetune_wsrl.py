@@ -1,6 +1,7 @@
 """algorithms/finetune/wsrl.py: both phases' losses against NumPy, written from the paper's equations."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,7 +122,7 @@ def test_offline_loss(batch, rows, monkeypatch, weight):
 
 @pytest.mark.equation(4)
 def test_actor_loss(batch, rows):
-    """The mean over all members, not the least."""
+    """The least of all members, not the mean, nor of those in Z alone."""
     learner = make()
     torch.manual_seed(6)
     noise = normal(3, ACT)
@@ -130,7 +131,7 @@ def test_actor_loss(batch, rows):
 
     def oracle(layers):
         actions, density = squashed(layers, rows["observations"], noise)
-        return np.mean(0.3 * np.log(density) - critics(critic, rows["observations"], actions).mean(axis=0))
+        return np.mean(0.3 * np.log(density) - critics(critic, rows["observations"], actions).min(axis=0))
 
     loss, _ = learner.actor_loss(batch)
     assert_loss_and_gradient(loss, learner.actor, oracle, [learner.target_critic, learner.temperature])
@@ -205,3 +206,9 @@ def test_defaults():
     wanted |= {"cql_weight": 5.0, "cql_actions": 10, "actor_lr": 1e-4, "critic_lr": 3e-4}
     assert {field: getattr(config, field) for field in wanted} == wanted
     assert not hasattr(config, "online_fraction")  # no batch has data of the first phase
+
+
+def test_an_update_is_of_256_transitions_in_antmaze_too():
+    """The authors' batch of 1024 is shared out among the four updates of a step."""
+    files = [*Path(__file__).parents[1].glob("configs/finetune/wsrl/D4RL/antmaze/*.yaml")]
+    assert {wsrl.parse_config([f"--config_path={file}"]).batch_size for file in files} == {256}

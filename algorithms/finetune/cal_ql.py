@@ -14,9 +14,9 @@ policy earned from there, (9). After `updates` on the data alone half of every b
   (8)  V(s_t) = sum_k gamma^k r_(t+k)                                           to the end of the episode
   (9)  max(Q_i(s, b), V(s)) for Q_i(s, b) in (6),  b ~ pi(s), pi(s')            not for uniform b
 
-Differences from the paper: updates follow each online step, so V of the episode under way is not known: it is
-no floor until that episode has ended. If all rewards of an episode were the same and negative and it did not
-terminate, V is r / (1 - gamma), as in the authors' code for sparse tasks. (2) keeps the whole square.
+Differences from the paper: updates follow each online step, so V of the episode under way is no floor yet. If
+all rewards of an episode were the same and negative and it did not terminate, V is r / (1 - gamma), as in the
+authors' code for sparse tasks. (2) keeps the whole square; log deviations end at -5 and 2.
 
   python algorithms/finetune/cal_ql.py --config_path configs/finetune/cal_ql/reef/pointmaze/umaze-v0.yaml
 """

@@ -9,11 +9,11 @@ at: SAC from scratch, the baseline of this folder's scripts.
        Z: so many members, drawn anew for every update                          d: terminated, not truncated
   (2)  L_Q = sum_i mean (Q_i(s, a) - y)^2
   (3)  L_pi = mean (alpha log pi(a|s) - mean_i Q_i(s, a)),  a ~ pi(s)           once a step, after (2)
-  (4)  L_alpha = log alpha (H + |A|),  H = -mean log pi(a|s)                    |A|: entries of an action
+  (4)  L_alpha = log alpha (H + |A| / 2),  H = -mean log pi(a|s)                |A|: entries of an action
   (5)  Q' <- Q' + tau (Q - Q')
 
-Differences from the paper: critics are normalised after the ReLU, not before it; updates begin after
-random_steps uniformly random ones, which count as online steps.
+Differences from the paper: critics are normalised after the ReLU, not before it; log deviations end at -5 and
+2; first weights are torch's own; updates begin after random_steps random steps, which count as online ones.
 
   python algorithms/finetune/rlpd.py --config_path configs/finetune/rlpd/reef/pointmaze/umaze-v0.yaml
 """
@@ -141,7 +141,7 @@ class RLPD:
         if moves_actor:
             loss, actor_metrics = self.actor_loss(batch)
             descend(self.actor_optimizer, loss)
-            surplus = actor_metrics["actor/entropy"] + batch["actions"].shape[-1]
+            surplus = actor_metrics["actor/entropy"] + batch["actions"].shape[-1] / 2
             descend(self.temperature_optimizer, self.temperature.log * surplus)  # (4)
             metrics |= actor_metrics
         polyak(self.target_critic, self.critic, self.config.tau)  # (5)

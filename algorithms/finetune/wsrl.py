@@ -1,19 +1,19 @@
 """WSRL: warm-start reinforcement learning, online without the data (Zhou et al., 2024, arXiv:2412.07762).
 
-Offline it is Cal-QL (cal_ql.py) with many normalised critics. Then the data are gone: Q has to forget their
-pessimism, and in a new buffer nothing holds it while it does. So the policy first fills the buffer as it is,
-for warmup_steps in which nothing learns. From there on it is SAC, several updates of the critics a step.
+Offline it is Cal-QL (cal_ql.py) with many critics. Then the data are gone: so that something holds Q while it
+forgets its pessimism, the policy first fills a new buffer, as it is. Then it is SAC, several updates a step.
 
   (1)  y = r + gamma (1 - d) min_{i in Z} Q'_i(s', a'),  a' ~ pi(s')            Z: members, drawn anew
   (2)  offline: L_Q = sum_i mean (Q_i(s, a) - y)^2 + w sum_i G_i
   (3)  online: L_Q = sum_i mean (Q_i(s, a) - y)^2
-  (4)  L_pi = mean (alpha log pi(a|s) - mean_i Q_i(s, a)),  a ~ pi(s)           online: once a step
+  (4)  L_pi = mean (alpha log pi(a|s) - min_i Q_i(s, a)),  a ~ pi(s)            online: once a step
   (5)  L_alpha = log alpha (H + |A|),  H = -mean log pi(a|s)                    |A|: entries of an action
   (6)  Q' <- Q' + tau (Q - Q')
   (7)  G_i = mean (log sum_b exp(max(Q_i(s, b), V(s)) - log p(b)) - Q_i(s, a))  b ~ p: as (6) of cal_ql.py
   (8)  V(s_t) = sum_k gamma^k r_(t+k)                                           to the end of the episode
 
-Differences from the paper: (7) has no multiplier; optimisers keep what they have gathered at the switch.
+Differences from the paper: (1) has one a' in mazes too; (7) is of all members, without multiplier; (4) sees a
+step's last batch; layers are normalised after the ReLU, the actor's not; log deviations end at -5 and 2.
 
   python algorithms/finetune/wsrl.py --config_path configs/finetune/wsrl/reef/pointmaze/umaze-v0.yaml
 """
@@ -180,7 +180,7 @@ class WSRL:
 
     def actor_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         actions, log_prob = self.actor.sample(batch["observations"])  # [B, A], [B]
-        q = self.critic(batch["observations"], actions).mean(0)  # [B]
+        q = self.critic(batch["observations"], actions).amin(0)  # [B]
         loss = (self.temperature().detach() * log_prob - q).mean()  # (4)
         return loss, {"actor/loss": loss.detach(), "actor/entropy": -log_prob.detach().mean()}
 
