@@ -14,7 +14,7 @@ itself.
 Differences from the paper: of the lives in the dataset it takes only where actions lead, and their goals; in
 a share `found` of the tasks up to 90 % of the moves end on the goal; a label is not one best action but all
 of them alike, so that it explores evenly; acting, the last transition of an episode is left out, as its s' is
-another episode's start.
+another episode's start; transitions have no places, where its code has GPT-2's.
 
   make dataset ID=reef/dark-room/histories-v0
   python algorithms/context/dpt.py --dataset reef/dark-room/histories-v0
