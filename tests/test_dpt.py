@@ -156,14 +156,14 @@ def test_tasks_are_random_moves_with_what_they_earn_on_the_goal(rooms):
 
 
 def test_in_a_share_of_tasks_the_goal_is_found():
-    """There up to 30 % of the moves end on it; one that no known move ends on changes nothing."""
+    """There up to 90 % of moves end on it (acting, 80 %); one that no known move ends on changes nothing."""
     cells = torch.arange(100)
     moves, best = {"states": cells, "actions": cells % 5, "next_states": cells}, torch.ones(101, 100, 5)
     torch.manual_seed(0)
     goals, config = torch.arange(100).repeat(4), dpt.Config(context=300, found=0.6)
     shares = dpt.tasks(moves, best, goals, config)["rewards"].float().mean(1)
-    assert (shares > 0.04).float().mean() == pytest.approx(0.6 * 0.27 / 0.3, abs=0.08)
-    assert 0.25 < shares.max() < 0.4
+    assert (shares > 0.04).float().mean() == pytest.approx(0.6 * 0.86 / 0.9, abs=0.08)
+    assert 0.8 < shares.max() < 0.97
     none = dpt.tasks(moves, best, torch.full((50,), 100), config)
     assert none["rewards"].sum() == 0
     assert len(none["states"].unique()) == 100

@@ -11,11 +11,12 @@ by what they earned, and read by cross attention. So a life may be long and the 
   (5)  w = softmax(u)                                     weights of the kept, which sum to 1
   (6)  y = x + sum_j softmax(x Wq (z Wk)^T + log w) z Wv  cross attention to their steps z, in every block
   (7)  L = mean -log pi(a_t | x_1, ..., x_t, memory)      steps after those that the key is of
-  (8)  R_1 = target, R_{t+1} = R_t - r_t                  acting
+  (8)  R_t = min(target - r_1 - ... - r_{t-1}, M_t)       acting; M_t: the largest R_t in the data
 
 Differences from the paper: keys are sums of fixed random vectors (its variant without a model of the domain
-uses a language model); an episode of the room is the unit of the memory; in training the memory is a part of
-what the same life has been up to some moment before, so that what is asked for is not always what was seen.
+uses a language model); an episode of the room is the unit of the memory, and in training that is what another
+learner with the same goal has been up to by some moment, so that it shows the goal, not habits; (4) also in
+training, where the paper's u_j counts the task; M_t; any action may be drawn, where its code has a top half.
 
   make dataset ID=reef/dark-room/histories-v0
   python algorithms/context/retrieval.py --dataset reef/dark-room/histories-v0
@@ -113,8 +114,8 @@ class RADT:
     """Transformer, optimiser and memory, and the update that trains it on episodes with a memory of others.
 
     A batch is a dict of states, actions, rewards [B, T] of episodes, the same of memories, [B, M, T], with
-    memory_ before the name, memory_real [B, M]: 1 where there is an episode, past [B]: after how many steps
-    the loss begins, and seen [B]: of how many steps the key is, all of these or none.
+    memory_ before the name, memory_real [B, M]: 1 where there is an episode, and past [B]: of how many steps
+    the key is; the loss begins after them.
     """
 
     def __init__(self, config: Config, states: int, actions: int, steps: int, device: torch.device):
@@ -129,12 +130,11 @@ class RADT:
     def actor_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         steps = torch.arange(batch["states"].shape[1], device=batch["states"].device)
         to_go = batch["rewards"].flip(1).cumsum(1).flip(1)  # [B, T]
-        kept, weights = self.retrieve(batch, (steps < batch["seen"].unsqueeze(1)).float())
-        logits = self.actor(batch, to_go, kept, weights)  # (1), (6) [B, T, actions]
-        given = batch["actions"].flatten()
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1), given, reduction="none")
         counted = (steps >= batch["past"].unsqueeze(1)).float()  # [B, T]
-        loss = (losses.view_as(counted) * counted).sum() / counted.sum()  # (7)
+        kept, weights = self.retrieve(batch, 1 - counted)
+        logits = self.actor(batch, to_go, kept, weights)  # (1), (6) [B, T, actions]
+        losses = nn.functional.cross_entropy(logits.mT, batch["actions"], reduction="none")  # [B, T]
+        loss = (losses * counted).sum() / counted.sum()  # (7)
         hits = ((logits.argmax(-1) == batch["actions"]) * counted).sum() / counted.sum()
         return loss, {"actor/loss": loss.detach(), "actor/agreement": hits}
 
@@ -191,10 +191,9 @@ class RADT:
         self.episode["states"][:, self.step] = states
         batch = self.recollect()
         earned = batch["rewards"].cumsum(1) - batch["rewards"]  # before each step
-        to_go = self.config.target - earned  # (8) [G, T]
-        seen = torch.zeros_like(earned)
-        seen[:, : self.step] = 1  # the action of this step is not chosen yet
-        kept, weights = self.retrieve(batch, seen)
+        to_go = torch.minimum(self.config.target - earned, self.actor.most)  # (8) [G, T]
+        seen = torch.arange(self.actor.steps, device=earned.device) < self.step  # their actions are known
+        kept, weights = self.retrieve(batch, seen.float().expand_as(earned))
         self.actor.eval()  # without dropout
         logits = self.actor(batch, to_go, kept, weights)[:, self.step]  # which sees no later step
         self.actor.train()
@@ -274,7 +273,9 @@ class MemoryTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, config.dropout) for _ in layers)
         self.readers = nn.ModuleList(Reader(dim, config.dropout) for _ in layers)
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, actions))
+        self.embed_taken, self.embed_earned = nn.Embedding(actions, dim), nn.Linear(1, dim)  # in a memory
         self.nothing = nn.Parameter(torch.zeros(1, dim))  # always there to be read
+        self.register_buffer("most", torch.full((steps,), 1e9))  # M of (8), by step
         numbers = torch.Generator().manual_seed(0)
         self.register_buffer("projection", torch.randn(states, actions, config.key_dim, generator=numbers))
 
@@ -295,10 +296,8 @@ class MemoryTransformer(nn.Module):
     def forward(self, episodes: dict, to_go: Tensor, kept: dict, weights: Tensor) -> Tensor:
         x = self.tokens(episodes) + self.embed_return(to_go.float().unsqueeze(-1))  # (1) [B, T, dim]
         x = self.dropout(self.norm(x))
-        read = kept["rewards"].float().unsqueeze(-1)
-        # a step of the memory also shows the action that was taken and what it earned
-        memory = self.tokens(kept) + self.embed_action(kept["actions"]) + self.embed_reward(read)
-        memory = self.norm(memory).flatten(1, 2)  # [B, kept T, dim]
+        memory = self.tokens(kept) + self.embed_taken(kept["actions"])  # a step's own, and those before it
+        memory = self.norm(memory + self.embed_earned(kept["rewards"].float().unsqueeze(-1))).flatten(1, 2)
         bias = weights.log().repeat_interleave(kept["states"].shape[-1], 1)  # log w of (6) [B, kept T]
         memory = torch.cat([self.nothing.expand(len(x), 1, -1), memory], 1)
         bias = nn.functional.pad(bias, (1, 0))  # [B, 1 + kept T]
@@ -349,6 +348,7 @@ def train(config: Config) -> None:
     learner = RADT(config, dataset.observation_space.n, dataset.action_space.n, steps, device)
     compiled = config.compile and compile_methods(learner, "actor_loss")
     facts = {"dataset_hash": dataset.storage.metadata["content_hash"], "compiled": compiled}
+    learner.actor.most.copy_(data["rewards"].flip(2).cumsum(2).flip(2).amax((0, 1)))  # M of (8)
     with run.start(learner, **facts, **provenance(device)):
         rows = {"rows": torch.arange(math.prod(shape), device=device)}
         batches = draw_batches(rows, config.batch_size, config.seed, learner.updates)
@@ -380,30 +380,30 @@ def load(folder: str, device: str = "cpu") -> RADT:
 
 
 def life_episodes(lives: list[dict], device: torch.device) -> dict[str, Tensor]:
-    """States, actions and rewards of all lives by episode: [lives, episodes, steps]."""
+    """States, actions and rewards of all lives by episode: [lives, episodes, steps]; and goals [lives]."""
     counts = {tuple(np.unique(life["episode"], return_counts=True)[1]) for life in lives}
     if len(counts) > 1 or len(set(*counts)) > 1:
         raise UserError("episodes or lives of different lengths: RA-DT takes equal ones")
-    episodes = len(*counts)
-    return {
-        name: torch.as_tensor(np.stack([life[name].reshape(episodes, -1) for life in lives]), device=device)
-        for name in ("states", "actions", "rewards")
-    }
+    columns = {"goals": np.array([life["goal"] for life in lives])}
+    for name in ("states", "actions", "rewards"):
+        columns[name] = np.stack([life[name].reshape(len(*counts), -1) for life in lives])
+    return {name: torch.as_tensor(column, device=device) for name, column in columns.items()}
 
 
 def with_memories(data: dict[str, Tensor], rows: Tensor, config: Config) -> dict[str, Tensor]:
-    """The episodes `rows` [B] as the learner takes them, each with a memory of earlier ones of its life."""
+    """The episodes `rows` [B] as the learner takes them, each with a memory of another with its goal."""
     episodes, steps = data["states"].shape[1:]
     life, number = rows // episodes, rows % episodes  # [B]
-    device, size = rows.device, (len(rows), config.memory)
+    device, size, batch = rows.device, (len(rows), config.memory), {}
+    same = (data["goals"] == data["goals"][life].unsqueeze(1)).float()  # [B, lives]
+    other = torch.multinomial(same.scatter(1, life.unsqueeze(1), 1e-9), 1)  # [B, 1]: itself if there is none
     until = (torch.rand(len(rows), device=device) * (number + 1)).long()  # [B]: the memory is of those before
     drawn = (torch.rand(size, device=device) * until.unsqueeze(1)).long()  # [B, M]
-    batch = {name: column[life, number] for name, column in data.items()}
-    batch |= {f"memory_{name}": column[life.unsqueeze(1), drawn] for name, column in data.items()}
+    for name in ("states", "actions", "rewards"):
+        batch[name], batch[f"memory_{name}"] = data[name][life, number], data[name][other, drawn]
     batch["memory_real"] = (until > 0).float().unsqueeze(1).expand(size).contiguous()
     past = (torch.rand(len(rows), device=device) * steps).long()  # [B]
-    forgotten = torch.rand(len(rows), device=device) < config.query_dropout
-    return batch | {"past": past, "seen": past.masked_fill(forgotten, 0)}
+    return batch | {"past": past * (torch.rand(len(rows), device=device) >= config.query_dropout)}
 
 
 # --------------------------------- Lives, and what is learnt in context ---------------------------------

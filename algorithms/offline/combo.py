@@ -17,8 +17,9 @@ to say how uncertain the model is: what it imagines is trusted less than what wa
 
 Differences from the paper: (6) takes CQL's soft maximum over N actions each of a uniform p, pi(s) and pi(s');
 10,000 rollouts at a time, not 50,000.
-Differences from published codes: the soft maximum is over all 3 N actions, where one had rows of 3; gradients
-go through it, where one let none pass; an imagined Hopper falls at any bound.
+Differences from published codes: the soft maximum is over all 3 N actions, where one had rows of 3, and in
+imagined states alone, where it took real ones too; gradients go through it, where one let none pass; an
+imagined Hopper falls at any bound; the actor steps after the critic, by a step size that stays.
 
   python algorithms/offline/combo.py --config_path configs/offline/combo/reef/hopper/medium-replay-v1.yaml
 """

@@ -15,9 +15,10 @@ SAC on these imagined steps and a few real ones. Where the model is uncertain, i
   (9)  Q' <- Q' + tau (Q - Q')
 
 Differences from the paper: 10,000 rollouts at a time, not 50,000; H aims at -|A|, not at -3 everywhere;
-where no rule of an environment's ends is known, a classifier learns them; the fit waits 2,000 batches.
-Differences from published code: an imagined Hopper falls at any of its bounds, where a misplaced bracket left
-out the lower ones.
+where no rule of an environment's ends is known, a classifier learns them; the fit waits 2,000 batches; step
+sizes, h and lambda are those of published code.
+Differences from that code: an imagined Hopper falls at any of its bounds, where a misplaced bracket left out
+the lower ones; the actor's step size stays, where a cosine lowers it; alpha has no ceiling of 1.
 
   python algorithms/offline/mopo.py --config_path configs/offline/mopo/reef/hopper/medium-replay-v1.yaml
 """

@@ -15,10 +15,10 @@ model's, but where the members disagree the episode halts, at a reward worse tha
   (9)  L_alpha = log alpha (H + |A|),  H = -mean log pi(a|s)                   |A|: entries of an action
   (10)  Q' <- Q' + tau (Q - Q')
 
-Differences from the paper: SAC on short rollouts from any of the data's states, where it has NPG on episodes
-from their first; seven Gaussian members, not four; a few real steps in each batch.
-Differences from published codes: (4) compares members in the same (s, a), where one maximised over pairs of
-rows too, and so measured how far apart the data lie; an imagined Hopper falls at any bound.
+Differences from the paper: SAC on short rollouts from any of the data's states, not NPG on episodes from
+their first; seven Gaussian members, not four; (4) also of rewards; some real steps in a batch; a halt pays
+once, in place of the step's reward, where the paper's pays at every step after it. From published codes: (4)
+compares members in the same (s, a), where one maximised over pairs of rows too; a Hopper falls at any bound.
 
   python algorithms/offline/morel.py --config_path configs/offline/morel/reef/hopper/medium-replay-v1.yaml
 """
