@@ -1,10 +1,11 @@
 ## make test             make .venv and run the whole test suite
 ## make demo             make .venv and a dataset, train BC, TD3+BC and IQL on it, print and draw their scores
 ## make dataset ID=...   make a local dataset, e.g. ID=reef/pointmaze/umaze-v0 or ID=reef/hopper/medium-v1
-## make discrete         add to .venv what algorithms/discrete, algorithms/evaluate, sepsis and MinAtar need
+## make discrete         add to .venv what algorithms/discrete, algorithms/evaluate, sepsis, MinAtar and Atari need
 ## make ogbench          add to .venv OGBench's environments and experts (its datasets ask for it by themselves)
 ## make language         add to .venv what algorithms/language needs, and write the language model that it starts from
-## make datasets         make all local datasets but OGBench's (hours) that are not there yet, name what cannot be made
+## make datasets         make all local datasets but OGBench's (hours) and Atari's (of logs on the Minari hub) that are
+##                       not there yet, name what cannot be made
 ## make bench            updates per second of every script (an hour or so)
 ## make scores           gather finished runs into results/scores/*.csv
 ## make plot             learning curves and a table of the runs in results/runs
@@ -24,7 +25,7 @@ RECIPES = $(filter-out configs/collect/sac/%,$(sort $(wildcard configs/collect/*
 LABELLED = %-uds-v1 %-otr-v1
 NAMES = $(RECIPES:configs/collect/%.yaml=reef/%)
 DATASETS = $(filter-out $(LABELLED),$(NAMES)) $(filter $(LABELLED),$(NAMES))  # made of one before them
-COLLECTOR = $(or $(subst -,_,$(filter dark-room minatar ogbench pointmaze sepsis,$(word 2,$(subst /, ,$(ID))))),$(if $(filter $(LABELLED),$(ID)),label_rewards),rollouts)
+COLLECTOR = $(or $(subst -,_,$(filter dark-room minatar ogbench pointmaze sepsis,$(word 2,$(subst /, ,$(ID))))),$(if $(filter $(LABELLED),$(ID)),label_rewards),$(if $(filter reef/atari/%,$(ID)),screens),rollouts)
 
 .PHONY: help test demo discrete language ogbench plot dataset datasets known-dataset bench scores report benchmark-quick lint
 
@@ -45,12 +46,12 @@ ogbench: .venv/ogbench
 
 language: .venv/language
 
-dataset: known-dataset .venv/complete $(if $(filter reef/ogbench/%,$(ID)),.venv/ogbench)
+dataset: known-dataset .venv/complete $(if $(filter reef/ogbench/%,$(ID)),.venv/ogbench) $(if $(filter reef/atari/%,$(ID)),.venv/discrete)
 	$(RUN) algorithms/collect/$(COLLECTOR).py --config_path configs/collect/$(ID:reef/%=%).yaml
 
 # One that fails does not keep the others from being made.
 datasets: .venv/complete
-	@failed=; for id in $(filter-out reef/ogbench/%,$(DATASETS)); do \
+	@failed=; for id in $(filter-out reef/ogbench/% reef/atari/%,$(DATASETS)); do \
 		$(MAKE) --no-print-directory dataset ID=$$id || failed="$$failed $$id"; \
 	done; test -z "$$failed" || { echo "not made:$$failed" >&2; exit 1; }
 

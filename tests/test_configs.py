@@ -27,6 +27,7 @@ SEPSIS = [f"reef/sepsis/{who}-v0" for who in ("clinician", "random", "mixed")]
 GAMES = ("breakout", "space-invaders")
 MINATAR = [f"reef/minatar/{game}/{policy}-v0" for game in GAMES for policy in ("mixed", "expert")]
 ATARI = [f"atari/{game}/expert-v0" for game in ("breakout", "pong")]
+SCREENS = [f"reef/atari/{game}-expert-v0" for game in ("breakout", "pong")]
 MINIGRID = [f"minigrid/BabyAI-GoToRedBall/{view}-v0" for view in ("optimal", "optimal-fullobs")]
 MINIGRID += [f"D4RL/minigrid/{name}-v0" for name in ("fourrooms", "fourrooms-random")]
 WALKERS = [f"reef/{body}/{level}-v1" for body in BODIES for level in LEVELS]
@@ -46,7 +47,8 @@ def script_of(file: str):
     """The script that configs/<family>/<algorithm>/... or configs/collect/<environment>/... belongs to."""
     family, algorithm = Path(file).parts[1:3]
     if family == "collect" and algorithm not in ("minatar", "ogbench", "pointmaze", "sac", "sepsis"):
-        algorithm = "label_rewards" if Path(file).stem.endswith(("-uds-v1", "-otr-v1")) else "rollouts"
+        algorithm = {"atari": "screens"}.get(algorithm, "rollouts")
+        algorithm = "label_rewards" if Path(file).stem.endswith(("-uds-v1", "-otr-v1")) else algorithm
     path = ROOT / "algorithms" / family / f"{algorithm}.py"
     assert path.is_file(), f"{file} has no script {path}"
     return load(path)
@@ -147,7 +149,8 @@ def test_every_file_is_short_and_names_a_field_once():
 
 
 def test_every_local_dataset_has_its_recipe():
-    wanted = [*MAZES, *WALKERS, *SEPSIS, *MINATAR, *LABELLED, *OGBENCH, "reef/dark-room/histories-v0"]
+    wanted = [*MAZES, *WALKERS, *SEPSIS, *MINATAR, *SCREENS, *LABELLED, *OGBENCH]
+    wanted.append("reef/dark-room/histories-v0")
     assert sorted(read(file)["dataset"] for file in RECIPES) == sorted(wanted)
 
 
@@ -213,17 +216,25 @@ def test_every_dataset_has_its_config(algorithm):
 @pytest.mark.parametrize("algorithm", ["bc", "bcq", "cql", "dqn", "dt", "iql"])
 def test_every_dataset_of_choices_has_its_config(algorithm):
     here = [read(file) for file in LEARNERS if file.startswith(f"configs/discrete/{algorithm}/")]
-    wanted = [*SEPSIS, *MINATAR, *ATARI, *MINIGRID]
+    wanted = [*SEPSIS, *MINATAR, *ATARI, *SCREENS, *MINIGRID]
     assert sorted(values["dataset"] for values in here if "variant" not in values) == sorted(wanted)
 
 
-@pytest.mark.parametrize("dataset", ATARI)
+@pytest.mark.parametrize("dataset", [*ATARI, *SCREENS])
 def test_atari_is_learnt_as_published(dataset):
     """Kumar et al. (2020), Fujimoto et al. (2019): the numbers of their code."""
     cql, bcq = (read(f"configs/discrete/{algorithm}/{dataset}.yaml") for algorithm in ("cql", "bcq"))
     assert (cql["batch_size"], cql["critic_lr"], cql["cql_weight"]) == (32, 6.25e-5, 4)
     assert (bcq["batch_size"], bcq["critic_lr"], bcq["actor_lr"]) == (32, 6.25e-5, 6.25e-5)
     assert cql["tau"] == bcq["tau"] == 1 / 8000
+
+
+@pytest.mark.parametrize("algorithm", ["bc", "bcq", "cql", "dqn", "dt", "iql"])
+def test_prepared_screens_are_learnt_as_the_log_that_they_are_made_of(algorithm):
+    for log, dataset in zip(ATARI, SCREENS):
+        ours, theirs = (read(f"configs/discrete/{algorithm}/{name}.yaml") for name in (dataset, log))
+        assert ours == theirs | {"dataset": dataset}
+        assert read(f"configs/collect/{dataset.removeprefix('reef/')}.yaml").get("source", ATARI[0]) == log
 
 
 @pytest.mark.parametrize("algorithm", FINETUNE)
@@ -258,7 +269,8 @@ def test_local_datasets_are_learnt_for_50_000_updates():
     wanted |= {file: 10_000 for file in LEARNERS if "/finetune/" in file}
     for name, updates in {"iql": 20_000, "dt": 4000}.items():  # both stand still before that
         wanted |= {file: updates for file in LEARNERS if f"discrete/{name}/reef/sepsis/" in file}
-    others = ("/rlpd/", "/context/")  # one makes none offline, and lives and tasks have updates of their own
+    # one makes none offline; lives, tasks and screens have updates of their own
+    others = ("/rlpd/", "/context/", "/reef/atari/")
     ours = [file for file in LEARNERS if "/reef/" in file and not any(name in file for name in others)]
     found = {file: read(file)["updates"] for file in ours if read(file).get("variant") != "published"}
     assert [f"{file}: {updates}" for file, updates in found.items() if updates != wanted[file]] == []

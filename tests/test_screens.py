@@ -20,9 +20,7 @@ LENGTHS, LIVES = (9, 1, 4), 5
 
 @pytest.fixture(scope="module")
 def emulator() -> gym.Env:
-    import ale_py
-
-    gym.register_envs(ale_py)
+    gym.register_envs(importlib.import_module("ale_py"))
     return gym.make("ALE/Breakout-v5", repeat_action_probability=0.0, max_episode_steps=9)
 
 
@@ -42,7 +40,8 @@ def log(minari_root, emulator) -> minari.MinariDataset:
                 rewards=np.arange(length, dtype=float),
                 terminations=ends & (seed == 1),
                 truncations=ends & (seed != 1),
-                infos={"lives": np.full(length + 1, LIVES)},
+                infos={"lives": np.full(length + 1, LIVES), "action_mask": np.ones((length + 1, 4), np.int8)},
+                seed=seed,
             )
         )
     known = {"data_format": "hdf5", "jpeg_encoding": False, "ref_min_score": 1.7, "ref_max_score": 31.8}
@@ -90,7 +89,11 @@ def test_all_else_is_the_logs(log, prepared):
     for before, after in zip(log.iterate_episodes(), prepared.iterate_episodes()):
         for field in ("actions", "rewards", "terminations", "truncations"):
             np.testing.assert_array_equal(getattr(after, field), getattr(before, field))
-        np.testing.assert_array_equal(after.infos["lives"], before.infos["lives"])
+        assert set(after.infos) == {"lives", "action_mask"}
+        for name, values in before.infos.items():
+            np.testing.assert_array_equal(after.infos[name], values)
+    facts = prepared.storage.get_episode_metadata(prepared.episode_indices)
+    assert [episode["seed"] for episode in facts] == [*range(len(LENGTHS))]
     known = prepared.storage.metadata
     assert (known["ref_min_score"], known["ref_max_score"]) == (1.7, 31.8)
     assert known["recipe"]["source_hash"] == script.content_hash(log)
@@ -110,6 +113,93 @@ def test_scripts_play_in_an_environment_that_shows_the_same(prepared):
     environments.close()
 
 
+def test_the_hubs_frames_went_through_jpeg(log, prepared):
+    """Minari's default, as its Atari logs were written: near the emulator's, but not the same."""
+    frames = log[0].observations
+    source = write("test/jpeg/log-v0", frames, observation_space=log.observation_space, jpeg_encoding=True)
+    gaps = np.abs(prepare(source, "test/jpeg/new-v0")[0].observations - prepared[0].observations.astype(int))
+    assert 0 < gaps.max() < 32
+    assert gaps.mean() < 1
+
+
+def write(dataset_id: str, frames: np.ndarray, **metadata) -> str:
+    """A log of one episode with these observations [T + 1, ...] and no environment."""
+    length = len(frames) - 1
+    nothing = np.zeros(length, bool)
+    episode = EpisodeBuffer(
+        observations=frames, actions=np.zeros(length, int), rewards=np.zeros(length),
+        terminations=nothing, truncations=nothing, infos={},
+    )  # fmt: skip
+    known = {"action_space": gym.spaces.Discrete(4), "data_format": "hdf5", "jpeg_encoding": False}
+    minari.create_dataset_from_buffers(dataset_id, [episode], **known | metadata)
+    return dataset_id
+
+
+def images(*shape: int) -> tuple[np.ndarray, gym.spaces.Box]:
+    drawn = np.random.default_rng(0).integers(256, size=shape, dtype=np.uint8)
+    return drawn, gym.spaces.Box(0, 255, shape[1:], np.uint8)
+
+
+def prepare(source: str, dataset_id: str, **settings) -> minari.MinariDataset:
+    script.prepare(script.Config(dataset=dataset_id, source=source, **settings))
+    return minari.load_dataset(dataset_id)
+
+
+def test_grey_images_and_colours_of_any_size(minari_root):
+    """What is grey already is only made small; colours that stay are those of one frame."""
+    drawn, space = images(6, 40, 50)
+    source = write("test/grey/log-v0", drawn, observation_space=space)
+    seen = prepare(source, "test/grey/small-v0", size=10, frames=3)[0].observations
+    assert seen.shape == (6, 3, 10, 10)
+    means = drawn.reshape(6, 10, 4, 10, 5).mean((2, 4))
+    assert np.abs(seen[:, -1] - means).max() <= 0.51  # rounded
+    np.testing.assert_array_equal(seen[5], seen[[3, 4, 5], -1])
+
+    drawn, space = images(3, 64, 96, 3)
+    source = write("test/colours/log-v0", drawn, observation_space=space)
+    small = prepare(source, "test/colours/small-v0", size=32, frames=1, grey=False)
+    assert small.observation_space == gym.spaces.Box(0, 255, (32, 32, 3), np.uint8)
+    means = drawn.reshape(3, 32, 2, 32, 3, 3).mean((2, 4))
+    assert np.abs(small[0].observations - means).max() <= 0.51
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings", "problem"),
+    [
+        ((40, 40), {"grey": False, "frames": 1}, "grey: .* has no colours to keep; --grey true"),
+        ((40, 40, 3), {"grey": False}, "grey: of colours an observation is one frame; --frames 1, or"),
+        ((40, 40, 4), {}, r"source: .* has no images of bytes \[height, width\] or"),
+        ((40,), {}, "source: .* has no images of bytes"),
+    ],
+)
+def test_other_images_are_refused(minari_root, shape, settings, problem):
+    drawn, space = images(2, *shape)
+    name = f"test/refused/{'-'.join(map(str, shape))}"
+    source = write(f"{name}-v0", drawn, observation_space=space)
+    with pytest.raises(script.UserError, match=problem):
+        prepare(source, f"{name}-new-v0", **settings)
+    assert not (minari_root / f"{name}-new-v0").exists()
+
+
+def test_vectors_are_refused(minari_root):
+    space = gym.spaces.Box(-1, 1, (3,))
+    source = write("test/vectors/log-v0", np.zeros((2, 3), np.float32), observation_space=space)
+    with pytest.raises(script.UserError, match=r"has no images of bytes .*, but Box"):
+        prepare(source, "test/vectors/new-v0")
+
+
+def test_what_is_interrupted_leaves_nothing(log, minari_root, monkeypatch):
+    def interrupt(env, frames):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "see_again", interrupt)
+    before = sorted(minari_root.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        prepare(log.id, "test/interrupted/breakout-v0")
+    assert sorted(minari_root.iterdir()) == before
+    assert not (minari_root / "test/interrupted").exists()
+
+
 def test_done_again_it_is_there_and_another_recipe_is_refused(log, prepared, capsys):
     config = script.Config(dataset=prepared.id, source=log.id)
     script.prepare(config)
@@ -119,7 +209,7 @@ def test_done_again_it_is_there_and_another_recipe_is_refused(log, prepared, cap
 
 
 def test_a_log_without_colours_is_refused(prepared):
-    with pytest.raises(script.UserError, match="no images of red, green and blue bytes, but Box"):
+    with pytest.raises(script.UserError, match=r"has no images of bytes .*, but Box"):
         script.prepare(script.Config(dataset="test/screens/twice-v0", source=prepared.id))
 
 

@@ -9,16 +9,16 @@ of such a log:
   (2)  o_t = (g_{t-frames+1}, ..., g_t); before its first frame, an episode repeats it
 
 Both are done by Gymnasium's own wrappers around an episode that is played back, and the same wrappers are
-recorded in the dataset: so a policy is evaluated on what it has learnt from. All else is the log's: choices,
-rewards, ends, infos, reference returns. Any log whose observations are images of red, green and blue bytes
-will do. The settings are those of the log's own configs:
+recorded in the dataset: so the screens of an evaluation are made as the data's are. But the hub keeps frames
+as JPEG, which moves them by some levels of grey, and the emulator's are as drawn. All else is the log's:
+choices, rewards, ends, seeds, infos, reference returns. Any log of images will do, of colours
+[height, width, 3] or grey [height, width].
 
-  python algorithms/collect/screens.py --source atari/breakout/expert-v0 --dataset screens/breakout/expert-v0
-  python algorithms/discrete/cql.py --config_path configs/discrete/cql/atari/breakout/expert-v0.yaml \\
-      --dataset screens/breakout/expert-v0
+  python algorithms/collect/screens.py --config_path configs/collect/atari/breakout-expert-v0.yaml
 
-Differences from the paper: a step stays what it is in the log: no frames are skipped or laid on one another,
-which takes an emulator; rewards are not cut to their signs (a script's `reward_scale` can make them smaller).
+Differences from the paper: a step stays what it is in the log (the hub's: four frames of the emulator, the
+last one seen); none are skipped or laid on one another, which takes an emulator; rewards are not cut to their
+signs (a script's `reward_scale` can make them smaller).
 """
 
 import contextlib
@@ -51,6 +51,8 @@ from minari.storage import get_dataset_path
 from tqdm import tqdm
 
 KEPT = (  # what the log's metadata say that is true of the new dataset as well
+    "author",
+    "code_permalink",
     "requirements",
     "ref_min_score",
     "ref_max_score",
@@ -71,10 +73,11 @@ WandbMode = NewType("WandbMode", str)
 class Config:
     """Screens as the field learns from them."""
 
-    dataset: str = "screens/breakout/expert-v0"  # Minari id of the dataset to write
+    dataset: str = "reef/atari/breakout-expert-v0"  # Minari id of the dataset to write
     source: str = "atari/breakout/expert-v0"  # Minari id of the log
     size: Count = 84  # height and width of a prepared frame
     frames: Count = 4  # how many an observation has
+    grey: bool = True  # false: colours stay, and an observation is one frame
 
 
 # ------------------------------------------------ Screens ------------------------------------------------
@@ -94,13 +97,14 @@ class Playback(gym.Env):
         return next(self.frames), 0.0, False, False, {}
 
 
-def wrappers(config: Config) -> tuple[WrapperSpec, ...]:
+def wrappers(config: Config, coloured: bool) -> tuple[WrapperSpec, ...]:
     """(1) and (2) as Gymnasium records wrappers: name, place, arguments."""
-    steps = {
-        "GrayscaleObservation": {"keep_dim": False},  # (1)
-        "ResizeObservation": {"shape": (config.size, config.size)},  # (1)
-        "FrameStackObservation": {"stack_size": config.frames},  # (2)
-    }
+    steps = {}
+    if config.grey and coloured:
+        steps["GrayscaleObservation"] = {"keep_dim": False}  # (1)
+    steps["ResizeObservation"] = {"shape": (config.size, config.size)}  # (1)
+    if config.grey:
+        steps["FrameStackObservation"] = {"stack_size": config.frames}  # (2)
     return tuple(WrapperSpec(name, f"gymnasium.wrappers:{name}", kwargs) for name, kwargs in steps.items())
 
 
@@ -112,8 +116,11 @@ def wrap(env: gym.Env, added: tuple[WrapperSpec, ...]) -> gym.Env:
 
 def see_again(env: gym.Env, frames: np.ndarray) -> np.ndarray:
     """What `env`, a wrapped Playback, shows of an episode's frames: [T + 1, frames, size, size]."""
-    first, _ = env.reset(options={"frames": frames})
-    return np.stack([first] + [env.step(None)[0] for _ in frames[1:]])
+    seen = np.empty((len(frames), *env.observation_space.shape), np.uint8)
+    seen[0], _ = env.reset(options={"frames": frames})
+    for step in range(1, len(frames)):
+        seen[step] = env.step(None)[0]
+    return seen
 
 
 # ---------------------------------------------- The dataset -----------------------------------------------
@@ -122,10 +129,8 @@ def see_again(env: gym.Env, frames: np.ndarray) -> np.ndarray:
 def prepare(config: Config) -> None:
     """Writes the log with prepared screens as the dataset, unless it is there."""
     log = load_dataset(config.source)
-    space = log.observation_space
-    if not isinstance(space, gym.spaces.Box) or space.dtype != np.uint8 or space.shape[2:] != (3,):
-        raise UserError(f"source: {log.id} has no images of red, green and blue bytes, but {space}")
-    added = wrappers(config)
+    check_images(config, log)
+    added = wrappers(config, coloured=len(log.observation_space.shape) == 3)
     with explain("cannot prepare screens", "`make discrete` brings what it takes (opencv-python-headless)"):
         env = wrap(Playback(log), added)
     recipe = {name: value for name, value in vars(config).items() if name != "dataset"}
@@ -141,13 +146,14 @@ def prepare(config: Config) -> None:
             both = (*spec.additional_wrappers, *added)
             known[key] = dataclasses.replace(spec, additional_wrappers=both).to_json()
     recorded = tqdm(log.iterate_episodes(), config.dataset, log.total_episodes, unit="episode", disable=None)
+    form = f"{'grey' if config.grey else 'colours'}, {config.size} x {config.size}"
     written = write_dataset(
         config.dataset,
-        (with_observations(episode, see_again(env, episode.observations)) for episode in recorded),
+        (with_observations(log, episode, see_again(env, episode.observations)) for episode in recorded),
         observation_space=env.observation_space,
         action_space=log.action_space,
         algorithm_name=found.get("algorithm_name"),
-        description=f"{config.source}, grey, {config.size} x {config.size}, {config.frames} frames at once.",
+        description=f"{config.source}, {form}, {config.frames} frames at once.",
         data_format="hdf5",
         jpeg_encoding=False,  # it would take the frames for colours
         extra={**known, "recipe": recipe},
@@ -158,9 +164,24 @@ def prepare(config: Config) -> None:
     )
 
 
-def with_observations(episode: minari.EpisodeData, observations: np.ndarray) -> EpisodeBuffer:
-    """The episode with these observations [T + 1, ...]; all else is as it was."""
+def check_images(config: Config, log: minari.MinariDataset) -> None:
+    """An error where observations are no images, or the images no such as the config asks for."""
+    space = log.observation_space
+    images = isinstance(space, gym.spaces.Box) and space == gym.spaces.Box(0, 255, space.shape, np.uint8)
+    if not images or len(space.shape) not in (2, 3) or space.shape[2:] not in ((), (3,)):
+        raise UserError(f"source: {log.id} has no images of bytes [height, width] or [..., 3], but {space}")
+    if not config.grey and len(space.shape) == 2:
+        raise UserError(f"grey: {log.id} has no colours to keep; --grey true")
+    if not config.grey and config.frames != 1:
+        raise UserError("grey: of colours an observation is one frame; --frames 1, or --grey true")
+
+
+def with_observations(log: minari.MinariDataset, episode: minari.EpisodeData, observations) -> EpisodeBuffer:
+    """The log's episode with these observations [T + 1, ...]; all else is as it was."""
+    (known,) = log.storage.get_episode_metadata([episode.id])
     return EpisodeBuffer(
+        seed=known.get("seed"),
+        options=known.get("options"),
         observations=observations,
         actions=episode.actions,
         rewards=episode.rewards,
