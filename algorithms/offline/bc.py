@@ -334,7 +334,7 @@ def read_episodes(dataset: minari.MinariDataset) -> tuple[list[dict[str, np.ndar
 
 
 def check_memory(dataset: minari.MinariDataset, device: torch.device, copies: int = 6) -> None:
-    """An error where so many copies of the observations, and three of all else, do not fit."""
+    """An error where data do not fit: `copies` of observations (two a transition), three of all else."""
     spaces = leaves(dataset.observation_space) * copies + leaves(dataset.action_space) * 3
     sizes = [math.prod(space.shape or ()) * min(np.dtype(space.dtype).itemsize, 4) for space in spaces]
     needed = dataset.total_steps * (sum(sizes) + 24)  # with two float32 of every step
