@@ -161,7 +161,8 @@ class BEAR:
         c = self.config
         with torch.no_grad():
             next_observations = batch["next_observations"].repeat_interleave(c.target_samples, 0)  # [B n, .]
-            mean, std = gaussian(self.target_actor, next_observations)  # 2 x [B n, A]
+            both = gaussian(self.target_actor, batch["next_observations"])  # 2 x [B, A]
+            mean, std = (x.repeat_interleave(c.target_samples, 0) for x in both)  # 2 x [B n, A]
             next_actions = torch.tanh(mean + std * torch.randn_like(mean))  # [B n, A]
             low, high = self.target_critic(next_observations, next_actions).aminmax(dim=0)  # [B n]
             mixed = c.ensemble_lambda * low + (1 - c.ensemble_lambda) * high  # [B n]
@@ -173,10 +174,10 @@ class BEAR:
 
     def actor_loss(self, batch: dict[str, Tensor], sees_q: bool) -> tuple[Tensor, dict[str, Tensor]]:
         observations = batch["observations"].expand(self.config.mmd_samples, -1, -1)  # [n, B, .]
-        mean, std = gaussian(self.actor, observations)  # 2 x [n, B, A]
-        x = mean + std * torch.randn_like(mean).clamp(-0.5, 0.5)  # [n, B, A]
+        mean, std = gaussian(self.actor, batch["observations"])  # 2 x [B, A]
+        x = mean + std * torch.randn_like(mean.expand(len(observations), -1, -1)).clamp(-0.5, 0.5)  # [n, B, A]
         with torch.no_grad():
-            latents = torch.randn_like(torch.cat([mean, mean], -1)).clamp(-0.5, 0.5)  # [n, B, 2A]
+            latents = torch.randn_like(torch.cat([x, x], -1)).clamp(-0.5, 0.5)  # [n, B, 2A]
             data = self.vae.decoder(torch.cat([observations, latents], -1))  # [n, B, A]
         mmd = self.mmd(x, data).mean()
         loss = self.multiplier["log"].detach().exp() * mmd
