@@ -177,6 +177,31 @@ def test_what_does_not_count_is_named(root, scores, run, capsys):
     assert not (root / "results/scores").exists()
 
 
+@pytest.mark.parametrize("taken", ["model_from", "start_from"])
+def test_what_another_run_began_has_its_seed_and_settings(root, scores, run, taken):
+    """Seeds that share a model are not independent: their deviation would be too small."""
+    folder = run("bc")
+    fit = {"seed": 0, "model_epochs": 15, "model_from": None, "ensemble": 7}
+    other = folder.with_name("seed-8")
+    other.mkdir()
+    info = json.loads((folder / "run.json").read_text())
+    info["config"] |= fit | {taken: str(other)}
+
+    def objection(**theirs) -> str:
+        (other / "run.json").write_text(json.dumps({"status": "finished", "config": fit | theirs}))
+        return scores.objection("offline", "bc", info)
+
+    assert objection() == ""
+    assert objection(updates=5) == ""  # of the policy: another algorithm's may be others
+    assert objection(seed=1) == f"seed is 0, and 1 in {other}"
+    assert objection(model_epochs=3) == f"model_epochs is 15, and 3 in {other}"
+    assert objection(ensemble=5) == f"ensemble is 7, and 5 in {other}"
+    assert objection(model_from="third") == f"model_from is None, and third in {other}"
+    shutil.rmtree(other)
+    with pytest.raises(OSError):  # `gather` names it
+        scores.objection("offline", "bc", info)
+
+
 def test_another_environment_does_not_count(root, scores, run, capsys):
     """Its returns are of another task, though the config file leaves the environment to the dataset."""
     folder, file = run("bc", environment="Pendulum-v1"), f"configs/offline/bc/{ID}.yaml"

@@ -7,8 +7,9 @@ A row is one evaluation of a run, so results/scores alone draws every learning c
 time. The last row of a run, of phase `final`, is its score and holds what is known of the run as a whole.
 A run that goes on online has phases `offline` and `online` for `training`, and columns of its own: the steps
 of experience, the score at the switch, the lowest after it and the regret.
-A run counts if its settings are those of a file under configs/, which the README links. Gathered again, a run
-replaces its own rows; those of other runs stay.
+A run counts if its settings are those of a file under configs/, which the README links. It may take its model
+or its offline half from another run that has the same seed, so that seeds stay independent, and the same
+settings of the model. Gathered again, a run replaces its own rows; those of other runs stay.
 """
 
 import argparse
@@ -43,6 +44,7 @@ COLUMNS = [*KEY, "update", "phase", *RESULT, "episodes", "best_score", *CLOCK, *
 SWITCH = ["score_at_switch", "lowest_score_after_switch", "regret"]
 ONLINE = ["online_steps", *SWITCH]  # only in files that have runs which went on online
 FREE = {"seed", "eval_every", "eval_episodes"}  # a run may take these from the command line
+TAKEN = {"model_from", "start_from"}  # and these, which name another run: see `unlike`
 YARDSTICKS = {  # columns of the table of algorithms
     "umaze: stitching": "reef/pointmaze/umaze-v0",
     "halfcheetah: mixed": "reef/halfcheetah/medium-replay-v1",
@@ -89,9 +91,21 @@ def objection(family: str, algorithm: str, info: dict) -> str:
         return f"there is no {file}"
     names = script(family, algorithm)
     wanted = vars(names["parse_config"]([f"--config_path={ROOT / file}"]))
-    fields = config.keys() & wanted.keys() - FREE - {*names["Run"].FREE}
+    fields = config.keys() & wanted.keys() - FREE - TAKEN - {*names["Run"].FREE}
     changed = sorted(name for name in fields if config[name] != wanted[name])
-    return ", ".join(f"{name} is {config[name]}, and {wanted[name]} in {file}" for name in changed)
+    problems = [f"{name} is {config[name]}, and {wanted[name]} in {file}" for name in changed]
+    for taken in sorted(TAKEN & {name for name, value in config.items() if value}):
+        problems += unlike(config, Path(config[taken]))
+    return ", ".join(problems)
+
+
+def unlike(config: dict, folder: Path) -> list[str]:
+    """Why the run in `folder` does not stand for a run's own beginning; OSError or ValueError if unreadable."""
+    theirs = read_record(folder)["config"]
+    fields = {"seed", "ensemble", "elites"} | {name for name in config if name.startswith("model_")}
+    ours = config | {"model_from": None}  # it has fitted the model itself
+    changed = sorted(name for name in fields & theirs.keys() & ours.keys() if theirs[name] != ours[name])
+    return [f"{name} is {ours[name]}, and {theirs[name]} in {folder}" for name in changed]
 
 
 def read_run(folder: Path, name: dict, info: dict) -> pd.DataFrame:
