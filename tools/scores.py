@@ -100,7 +100,7 @@ def objection(family: str, algorithm: str, info: dict) -> str:
 
 
 def unlike(config: dict, folder: Path) -> list[str]:
-    """Why the run in `folder` does not stand for a run's own beginning; OSError or ValueError if unreadable."""
+    """Why the run in `folder` does not stand for a run's own beginning; OSError, ValueError: unreadable."""
     theirs = read_record(folder)["config"]
     fields = {"seed", "ensemble", "elites"} | {name for name in config if name.startswith("model_")}
     ours = config | {"model_from": None}  # it has fitted the model itself

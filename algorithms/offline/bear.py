@@ -175,7 +175,8 @@ class BEAR:
     def actor_loss(self, batch: dict[str, Tensor], sees_q: bool) -> tuple[Tensor, dict[str, Tensor]]:
         observations = batch["observations"].expand(self.config.mmd_samples, -1, -1)  # [n, B, .]
         mean, std = gaussian(self.actor, batch["observations"])  # 2 x [B, A]
-        x = mean + std * torch.randn_like(mean.expand(len(observations), -1, -1)).clamp(-0.5, 0.5)  # [n, B, A]
+        noise = torch.randn_like(mean.expand(len(observations), -1, -1)).clamp(-0.5, 0.5)  # [n, B, A]
+        x = mean + std * noise  # [n, B, A]
         with torch.no_grad():
             latents = torch.randn_like(torch.cat([x, x], -1)).clamp(-0.5, 0.5)  # [n, B, 2A]
             data = self.vae.decoder(torch.cat([observations, latents], -1))  # [n, B, A]
