@@ -130,6 +130,24 @@ class CQL:
         self.temperature_optimizer = adam(self.temperature.parameters(), config.actor_lr)
         self.multiplier_optimizer = adam(self.multiplier.parameters(), config.critic_lr)
 
+    def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.updates += 1
+        return self.learn(batch)
+
+    def learn(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every step of an update; on a GPU one CUDA graph: what `updates` decides comes as an argument."""
+        loss, metrics = self.critic_loss(batch)
+        descend(self.critic_optimizer, loss)
+        if self.config.lagrange_gap is not None:
+            excess = self.config.cql_weight * (metrics["critic/gap"] - self.config.lagrange_gap)
+            descend(self.multiplier_optimizer, -self.multiplier().clamp(max=1e6) * excess)  # (7)
+        loss, actor_metrics = self.actor_loss(batch)
+        descend(self.actor_optimizer, loss)
+        surplus = actor_metrics["actor/entropy"] + batch["actions"].shape[-1]
+        descend(self.temperature_optimizer, self.temperature.log * surplus)  # (4)
+        polyak(self.target_critic, self.critic, self.config.tau)  # (5)
+        return metrics | actor_metrics | {"actor/temperature": self.temperature().detach()}
+
     def critic_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         c, s, next_s = self.config, batch["observations"], batch["next_observations"]
         with torch.no_grad():
@@ -153,24 +171,6 @@ class CQL:
         q = self.critic(batch["observations"], actions).amin(0)  # [B]
         loss = (self.temperature().detach() * log_prob - q).mean()  # (3)
         return loss, {"actor/loss": loss.detach(), "actor/entropy": -log_prob.detach().mean()}
-
-    def update(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.updates += 1
-        return self.learn(batch)
-
-    def learn(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Every step of an update; on a GPU one CUDA graph: what `updates` decides comes as an argument."""
-        loss, metrics = self.critic_loss(batch)
-        descend(self.critic_optimizer, loss)
-        if self.config.lagrange_gap is not None:
-            excess = self.config.cql_weight * (metrics["critic/gap"] - self.config.lagrange_gap)
-            descend(self.multiplier_optimizer, -self.multiplier().clamp(max=1e6) * excess)  # (7)
-        loss, actor_metrics = self.actor_loss(batch)
-        descend(self.actor_optimizer, loss)
-        surplus = actor_metrics["actor/entropy"] + batch["actions"].shape[-1]
-        descend(self.temperature_optimizer, self.temperature.log * surplus)  # (4)
-        polyak(self.target_critic, self.critic, self.config.tau)  # (5)
-        return metrics | actor_metrics | {"actor/temperature": self.temperature().detach()}
 
     def gap(self, q: Tensor, q_b: Tensor, log_p: Tensor) -> Tensor:
         """G_i [E] of Q_i(s, a) [E, B], and of Q_i(s, b) [E, N, K, B] and log p(b) [N, K, B], K kinds of b."""
