@@ -312,6 +312,7 @@ def test_sizes_and_numbers():
     wanted = {"alpha": 0.1, "target_kl": None, "value_penalty": True, "kl_samples": 4, "ensemble_lambda": 1.0}
     wanted |= {"actor_lr": 3e-4, "critic_lr": 1e-3, "discount": 0.99, "tau": 0.005, "batch_size": 256}
     wanted |= {"warmup_updates": 20_000, "normalize_states": False, "normalize_rewards": False}
+    wanted |= {"behavior_updates": 100_000, "behavior_lr": 1e-3}
     assert {name: getattr(config, name) for name in wanted} == wanted
     for network in (learner.actor, learner.behavior):
         shapes = [weight.shape for weight in network.parameters()][::2]

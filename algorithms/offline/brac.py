@@ -14,8 +14,9 @@ part of the reward. First b is cloned, then the actor comes close to b, and only
   (8)  M_i Q_i = lambda min_i Q_i + (1 - lambda) max_i Q_i          lambda is 1: the minimum
 
 Differences from the paper: (2) takes the densities before the tanh, whose slope is in both and cancels; (3)
-and (5) share its first sample. There is no bonus for entropy, deviations are in [e^-5, e^2], and policies'
-layers have 300 units (200). As in the authors' code (1) draws actions in to 0.999, and alpha is at most 500.
+and (5) share its first sample, (5) and (6) its D. As in the authors' code (1) draws actions in to 0.999
+(theirs: in (2) too) and alpha is at most 500. Not theirs: b learns for 100,000 updates at 1e-3 (300,000 at
+5e-4), with no bonus for entropy; deviations are in [e^-5, e^2] (up to 1), policies have 300 units (200).
 
   python algorithms/offline/brac.py --config_path configs/offline/brac/reef/pointmaze/umaze-v0.yaml
 """
