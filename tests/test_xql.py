@@ -82,7 +82,7 @@ def huber(x: np.ndarray) -> np.ndarray:
 
 
 def huber_errors(layers: list[np.ndarray], rows: dict[str, np.ndarray], target: np.ndarray) -> float:
-    """(6)."""
+    """(5)."""
     q1, q2 = q_values(layers, rows["observations"], rows["actions"])
     return float(np.mean(huber(q1 - target)) + np.mean(huber(q2 - target)))
 
