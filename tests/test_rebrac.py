@@ -10,7 +10,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import load_script, new_learner
+import yaml
+from conftest import ROOT, load_script, new_learner
 from oracles import (
     ACT,
     ACTIONS,
@@ -402,7 +403,7 @@ def test_acts_in_the_environments_units(rows):
 
 
 def test_first_weights_are_not_the_authors():
-    """Theirs: hidden biases of 0.1, last layers within 1e-3 (actor) and 3e-3 (critic)."""
+    """Theirs: hidden biases of 0.1, last layers within 1e-3 (actor) and 3e-3 (critic); 1e-6 in LayerNorm."""
     torch.manual_seed(0)
     learner = new_learner(rebrac, rebrac.Config(hidden_dim=64), OBS, ACT)
     linears = [part for part in learner.actor.modules() if isinstance(part, nn.Linear)]
@@ -414,6 +415,29 @@ def test_first_weights_are_not_the_authors():
         if isinstance(norm, rebrac.EnsembleLayerNorm):
             assert (norm.weight == 1).all()
             assert (norm.bias == 0).all()
+    tiny = rebrac.EnsembleLayerNorm(2, 4)(torch.tensor([1e-3, -1e-3, 1e-3, -1e-3]))  # variance 1e-6
+    assert tiny.abs().detach().numpy() == pytest.approx(1e-3 / (1e-6 + 1e-5) ** 0.5)
+
+
+AUTHORS = {  # beta_1 and beta_2 of their configs, by the body and its data
+    "halfcheetah": {"medium": (0.001, 0.01), "expert": (0.01, 0.01), "random": (0.001, 0.1),
+                    "medium-replay": (0.01, 0.001), "medium-expert": (0.01, 0.1)},
+    "hopper": {"medium": (0.01, 0.01), "expert": (0.1, 0.1), "random": (0.001, 0.01),
+               "medium-replay": (0.05, 0.5), "medium-expert": (0.1, 0.01)},
+    "walker2d": {"medium": (0.05, 0.1), "expert": (0.01, 0.5), "random": (0.01, 0.0),
+                 "medium-replay": (0.05, 0.01), "medium-expert": (0.01, 0.01)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", AUTHORS)
+def test_locomotion_is_learnt_with_the_authors_weights(body):
+    """Sets of the hub and ours."""
+    files = [f"mujoco/{body}/{level}-v0" for level in ("medium", "expert")]
+    files += [f"reef/{body}/{level}-v1" for level in AUTHORS[body]]
+    for file in files:
+        config = rebrac.Config(**yaml.safe_load((ROOT / f"configs/offline/rebrac/{file}.yaml").read_text()))
+        level = file.split("/")[2][:-3]
+        assert (config.actor_beta, config.critic_beta) == AUTHORS[body][level], file
 
 
 def test_defaults_are_the_papers_for_locomotion():

@@ -11,7 +11,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import load_script, new_learner
+import yaml
+from conftest import ROOT, load_script, new_learner
 from oracles import (
     ACT,
     ACTIONS,
@@ -81,7 +82,7 @@ def huber(x: np.ndarray) -> np.ndarray:
 
 
 def huber_errors(layers: list[np.ndarray], rows: dict[str, np.ndarray], target: np.ndarray) -> float:
-    """(6)."""
+    """(5)."""
     q1, q2 = q_values(layers, rows["observations"], rows["actions"])
     return float(np.mean(huber(q1 - target)) + np.mean(huber(q2 - target)))
 
@@ -399,6 +400,42 @@ def test_value_normalises_before_each_relu(batch, rows, hidden_layers):
 def test_acts_by_the_mean_in_the_environments_units(rows):
     learner = make()
     assert_acts(learner, rows, lambda observations: policy(weights(learner.actor)[1:], observations))
+
+
+def test_first_weights_are_not_the_authors():
+    """Theirs are orthogonal, with biases of 0, and their LayerNorm adds 1e-6 to the variance."""
+    torch.manual_seed(0)
+    learner = new_learner(xql, xql.Config(hidden_dim=64), OBS, ACT)
+    for network in (learner.actor, learner.value):
+        linears = [part for part in network.modules() if isinstance(part, torch.nn.Linear)]
+        assert 0.9 / 8 < linears[-1].weight.abs().max() <= 1 / 8  # 64 ** -0.5
+        assert all(layer.bias.std() > 0.01 for layer in linears[:-1])
+    assert 0.9 / 8 < learner.critic.layers[-1].weight.abs().max() <= 1 / 8
+    norms = [part for part in learner.value.modules() if isinstance(part, torch.nn.LayerNorm)]
+    assert [norm.eps for norm in norms] == [1e-5, 1e-5]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "beta", "max_z", "batch_size"),
+    [
+        ("mujoco/halfcheetah/medium-v0", 1.0, 7.0, 1024),
+        ("mujoco/hopper/medium-v0", 5.0, 7.0, 1024),
+        ("mujoco/walker2d/medium-v0", 10.0, 7.0, 1024),
+        ("D4RL/pen/human-v2", 8.0, 5.0, 1024),  # offline/README.md
+        ("D4RL/pen/cloned-v2", 5.0, 7.0, 256),  # androit_consistent.sh
+        ("D4RL/relocate/expert-v2", 5.0, 7.0, 256),
+        ("D4RL/antmaze/umaze-v1", 2.0, 7.0, 256),
+        ("D4RL/antmaze/umaze-diverse-v1", 5.0, 7.0, 256),
+        ("D4RL/antmaze/medium-play-v1", 0.8, 5.0, 256),
+        ("D4RL/antmaze/medium-diverse-v1", 0.6, 7.0, 256),
+        ("D4RL/antmaze/large-play-v1", 0.6, 5.0, 1024),
+        ("D4RL/antmaze/large-diverse-v1", 0.55, 5.0, 1024),
+    ],
+)
+def test_sets_of_the_hub_are_learnt_with_the_authors_temperatures(dataset, beta, max_z, batch_size):
+    """Those of their commands."""
+    config = xql.Config(**yaml.safe_load((ROOT / f"configs/offline/xql/{dataset}.yaml").read_text()))
+    assert (config.beta, config.max_z, config.batch_size) == (beta, max_z, batch_size)
 
 
 def test_defaults_are_the_papers_for_locomotion():

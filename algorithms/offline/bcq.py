@@ -13,7 +13,7 @@ auto-encoder fitted to the data, moved by a small network by at most phi; the po
   (8)  pi(s) = the a_z with the largest Q_1(s, a_z)                     of 100 z
 
 Differences from the paper: the z of (8) are drawn once, by the seed, so that a state has one action; all
-layers have 400 units (the authors': 400, 300); an episode that a time limit cuts keeps its last transition.
+layers have 400 units (the authors': 400, 300). As in their code a time limit's last transition bootstraps.
 
   python algorithms/offline/bcq.py --config_path configs/offline/bcq/reef/pointmaze/umaze-v0.yaml
 """

@@ -13,7 +13,7 @@ value. The critic is deeper and its hidden layers are normalised, which keeps it
 
 Differences from the paper: an episode cut by a time limit keeps its last transition, which bootstraps without
 penalty, as it has no b; first weights are torch's own (the authors' code: biases of 0.1, last layers near 0),
-and the target actor follows the actor of the same update (their code: of the one before).
+as is LayerNorm's epsilon (1e-6); the target actor follows the actor of the same update (theirs: that before).
 
   python algorithms/offline/rebrac.py --config_path configs/offline/rebrac/reef/pointmaze/umaze-v0.yaml
 """

@@ -11,7 +11,8 @@ Regression finds it where errors have a Gumbel's distribution, as those of a max
   (6)  Q' <- Q' + tau (Q - Q')                                              h(x): x^2 / 2, linear beyond 20
 
 Differences from the paper: an episode cut by a time limit keeps its last transition; rewards are as a config
-says; V learns without noise, random actions, dropout and further steps (options of the authors' code).
+says; V learns without noise, random actions and further steps (options of their code); the actor's step size
+falls in AntMaze too; first weights and LayerNorm's epsilon are torch's own (theirs: orthogonal, 1e-6).
 
   python algorithms/offline/xql.py --config_path configs/offline/xql/reef/pointmaze/umaze-v0.yaml
 """
