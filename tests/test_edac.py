@@ -331,7 +331,8 @@ def test_defaults_are_the_papers():
 def test_configs_have_the_published_settings():
     """N and eta: the paper's in locomotion and on the hands (with rewards as they are), CORL's in the mazes.
 
-    Minari's simple data take what D4RL's medium data have. Reef's own sets have the paper's eta with 10 critics.
+    Minari's simple data take what D4RL's medium data have. Reef's own sets have the paper's eta, with 10
+    critics.
     """
     others = {"halfcheetah/medium-expert": 5, "halfcheetah/random": 0, "hopper/random": 0}
     others |= {f"walker2d/{level}": 5 for level in ("expert", "expert-narrow", "medium-expert")}
