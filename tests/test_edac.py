@@ -331,8 +331,11 @@ def test_defaults_are_the_papers():
 def test_configs_have_the_published_settings():
     """N and eta: the paper's in locomotion and on the hands (with rewards as they are), CORL's in the mazes.
 
-    Minari's simple data take what D4RL's medium data have, its expert data what medium-expert has.
+    Minari's simple data take what D4RL's medium data have. Reef's own sets have the paper's eta, with 10
+    critics.
     """
+    others = {"halfcheetah/medium-expert": 5, "halfcheetah/random": 0, "hopper/random": 0}
+    others |= {f"walker2d/{level}": 5 for level in ("expert", "expert-narrow", "medium-expert")}
     hands = {"human-v2": (20, 1000.0), "cloned-v2": (20, 10.0), "expert-v2": (20, 10.0)}
     for dataset, config in configs(edac).items():
         source, domain, level = dataset.split("/")
@@ -343,10 +346,10 @@ def test_configs_have_the_published_settings():
             eta = 0.1
         elif source == "mujoco":
             critics = 50 if domain == "hopper" else 10
-            eta = 5.0 if level == "expert-v0" and domain != "hopper" else 1.0
         elif source == "D4RL":
             critics, eta = hands[level] if domain == "pen" else (50, 200.0)
             actor_lr, updates = 3e-5, 200_000
+        eta = others.get(f"{domain}/{level[:-3]}", eta)  # without -v0 or -v1
         found = config.critics, config.eta, config.actor_lr, config.updates
         assert found == (critics, eta, actor_lr, updates), dataset
         assert (config.reward_scale, config.reward_shift, config.normalize_rewards) == (1, 0, False), dataset

@@ -198,6 +198,17 @@ def test_the_deviation_is_that_of_the_critics_not_of_the_rows(batch):
     assert make(critics=1).critic_loss(batch)[1]["critic/q_std"].item() == 0
 
 
+def test_the_critics_are_compared_at_the_policys_actions_too(batch):
+    """On the data's own they must agree: what the minimum of (2) can do is seen where the policy goes."""
+    learner = make()
+    spread = Constant([[1.0, 11.0, 101.0], [2.0, 12.0, 102.0], [6.0, 16.0, 106.0]])
+    learner.critic = lambda observations, actions: (
+        torch.zeros(3, 3) if actions is batch["actions"] else spread(observations, actions)
+    )
+    assert learner.critic_loss(batch)[1]["critic/q_std"].item() == 0
+    assert learner.actor_loss(batch)[1]["actor/q_std"].item() == pytest.approx(math.sqrt(14 / 3), rel=1e-5)
+
+
 def test_two_critics_are_sac(batch):
     """The losses are those of algorithms/collect/sac.py, bit for bit."""
     sac = load_script("collect/sac.py")
@@ -354,9 +365,9 @@ def test_defaults_are_the_papers():
 def test_configs_have_the_published_numbers_of_critics():
     """Of the paper in locomotion, its steps on the hands (with rewards as they are), CORL's in the mazes.
 
-    Minari's simple data take what D4RL's medium data have, its expert data what medium-expert has.
+    Minari's simple data take what D4RL's medium data have.
     """
-    published = {"hopper": (500, 200), "halfcheetah": (10, 10), "walker2d": (20, 20)}
+    published = {"hopper": (500, 500), "halfcheetah": (10, 10), "walker2d": (20, 100)}
     for dataset, config in configs(sac_n).items():
         source, domain, level = dataset.split("/")
         critics, actor_lr, updates = 10, 3e-4, 3_000_000

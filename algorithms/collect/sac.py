@@ -4,7 +4,7 @@ The actor earns reward and entropy at once; a learned temperature holds its entr
 whose evaluation beats all before it becomes a rung of the run's ladder: ladder/<update>.safetensors, the
 actor's weights in half precision. Evaluations sample from the policy, as collecting a dataset with it does.
 
-  (1)  y = r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a'|s')),  a' ~ pi(s')      d: not a truncation
+  (1)  y = r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a'|s')),  a' ~ pi(s')    d: 1 at a termination
   (2)  L_Q = sum_i mean (Q_i(s, a) - y)^2
   (3)  L_pi = mean (alpha log pi(a|s) - min_i Q_i(s, a)),  a ~ pi(s)
   (4)  L_alpha = log alpha (H + |A|),  H = -mean log pi(a|s)             after (3); |A|: entries of an action

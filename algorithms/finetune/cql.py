@@ -162,7 +162,7 @@ class CQL:
         q_b = self.critic(s.repeat(3 * c.cql_actions, 1), b.flatten(0, 2)).view(2, *log_p.shape)  # all in s
         gap = self.gap(q, q_b, log_p)  # [2]
         penalty = c.cql_weight * self.multiplier().detach().clamp(max=1e6) * (gap - (c.lagrange_gap or 0))
-        loss = ((q - target).square().mean(1) + penalty).sum()  # (2)
+        loss = ((q - target).square().mean(1) + penalty).sum()  # (2), with a gap (7)
         metrics = {"critic/q_mean": q.detach().mean(), "critic/gap": gap.detach().mean()}
         return loss, metrics | {"critic/loss": loss.detach(), "critic/multiplier": self.multiplier().detach()}
 

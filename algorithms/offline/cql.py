@@ -12,7 +12,8 @@ lowers a soft maximum of Q over all actions, and raises Q of the data's own.
   (7)  with a gap g to keep: w lambda (G_i - g) for w G_i in (2),  L_lambda = -w lambda mean_i (G_i - g)
 
 Differences from the paper: (2) keeps the whole square, so w is twice its alpha; (6) sums, not averages, and
-has pi(s') too; w stays beside lambda, which starts at e; no warm start; log deviations end at -5 and 2.
+has pi(s') too; w stays beside lambda, which starts at e; no warm start; first weights are torch's own; log
+deviations end at -5 and 2, and have no learned scale and shift (CORL's have).
 
   python algorithms/offline/cql.py --config_path configs/offline/cql/reef/pointmaze/umaze-v0.yaml
 """
@@ -155,7 +156,7 @@ class CQL:
         q_b = self.critic(s.repeat(3 * c.cql_actions, 1), b.flatten(0, 2)).view(2, *log_p.shape)  # all in s
         gap = self.gap(q, q_b, log_p)  # [2]
         penalty = c.cql_weight * self.multiplier().detach().clamp(max=1e6) * (gap - (c.lagrange_gap or 0))
-        loss = ((q - target).square().mean(1) + penalty).sum()  # (2)
+        loss = ((q - target).square().mean(1) + penalty).sum()  # (2), with a gap (7)
         metrics = {"critic/q_mean": q.detach().mean(), "critic/gap": gap.detach().mean()}
         return loss, metrics | {"critic/loss": loss.detach(), "critic/multiplier": self.multiplier().detach()}
 

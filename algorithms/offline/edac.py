@@ -5,12 +5,13 @@ gradients of their values by the action away from each other: then ten to fifty 
 
   (1)  L_alpha = log alpha (H + |A|),  H = -mean log pi(a|s),  a ~ pi(s)         |A|: entries of an action
   (2)  L_pi = mean (alpha log pi(a|s) - min_i Q_i(s, a)),  a ~ pi(s)             after (1)
-  (3)  y = r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a'|s')),  a' ~ pi(s')      d: not a truncation
+  (3)  y = r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a'|s')),  a' ~ pi(s')    d: 1 at a termination
   (4)  L_Q = sum_i mean (Q_i(s, a) - y)^2 + eta D                                after (2)
   (5)  Q' <- Q' + tau (Q - Q')
   (6)  D = mean sum_{i != j} <g_i, g_j> / (N - 1),  g_i = dQ_i/da / |dQ_i/da|    at (s, a) of the data
 
-Differences from the paper: first weights are torch's own; rewards are not standardised on D4RL's hands.
+Differences from the paper: first weights are torch's own. On D4RL's hands rewards are not standardised, and
+no target takes the best of ten actions (the authors' do on pen/cloned).
 
   python algorithms/offline/edac.py --config_path configs/offline/edac/reef/pointmaze/umaze-v0.yaml
 """
@@ -123,9 +124,11 @@ class EDAC:
 
     def actor_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         actions, log_prob = self.actor.sample(batch["observations"])  # [B, A], [B]
-        q = self.critic(batch["observations"], actions).amin(0)  # [B], of all N
-        loss = (self.temperature().detach() * log_prob - q).mean()  # (2)
-        return loss, {"actor/loss": loss.detach(), "actor/temperature": self.temperature().detach()}
+        q = self.critic(batch["observations"], actions)  # [N, B]
+        loss = (self.temperature().detach() * log_prob - q.amin(0)).mean()  # (2)
+        metrics = {"actor/temperature": self.temperature().detach()}
+        metrics["actor/q_std"] = q.detach().std(0, correction=0).mean()  # at 0 all N are as one
+        return loss, {"actor/loss": loss.detach(), **metrics}
 
     def critic_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():

@@ -6,13 +6,13 @@ critics and a tenth of the updates are enough.
 
   (1)  L_alpha = log alpha (H + |A|),  H = -mean log pi(a|s),  a ~ pi(s)         |A|: entries of an action
   (2)  L_pi = mean (alpha log pi(a|s) - min_i Q_i(s, a)),  a ~ pi(s)             after (1)
-  (3)  y = r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a'|s')),  a' ~ pi(s')      d: not a truncation
+  (3)  y = r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a'|s')),  a' ~ pi(s')    d: 1 at a termination
   (4)  L_Q = mean_i mean (Q_i(s, a) - y)^2                                       after (2)
   (5)  Q' <- Q' + tau (Q - Q')
   (6)  steps of every optimiser: its learning rate times sqrt(B / 256)           B: transitions in a batch
 
-Differences from the paper: first weights are torch's own; critics have no layer normalisation (the authors
-use it for Hopper's medium data).
+Differences from the paper: critics have no layer normalisation (the authors use it for Hopper's medium data),
+and first weights are always torch's own (theirs are EDAC's for Walker2d's expert data).
 
   python algorithms/offline/lb_sac.py --config_path configs/offline/lb_sac/reef/pointmaze/umaze-v0.yaml
 """
@@ -124,9 +124,11 @@ class LBSAC:
 
     def actor_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         actions, log_prob = self.actor.sample(batch["observations"])  # [B, A], [B]
-        q = self.critic(batch["observations"], actions).amin(0)  # [B], of all N
-        loss = (self.temperature().detach() * log_prob - q).mean()  # (2)
-        return loss, {"actor/loss": loss.detach(), "actor/temperature": self.temperature().detach()}
+        q = self.critic(batch["observations"], actions)  # [N, B]
+        loss = (self.temperature().detach() * log_prob - q.amin(0)).mean()  # (2)
+        metrics = {"actor/temperature": self.temperature().detach()}
+        metrics["actor/q_std"] = q.detach().std(0, correction=0).mean()  # at 0 all N are as one
+        return loss, {"actor/loss": loss.detach(), **metrics}
 
     def critic_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():

@@ -6,11 +6,12 @@ SAC-N is SAC with N critics in place of two. The data decide how many it takes: 
 
   (1)  L_alpha = log alpha (H + |A|),  H = -mean log pi(a|s),  a ~ pi(s)         |A|: entries of an action
   (2)  L_pi = mean (alpha log pi(a|s) - min_i Q_i(s, a)),  a ~ pi(s)             after (1)
-  (3)  y = r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a'|s')),  a' ~ pi(s')      d: not a truncation
+  (3)  y = r + gamma (1 - d) (min_i Q'_i(s', a') - alpha log pi(a'|s')),  a' ~ pi(s')    d: 1 at a termination
   (4)  L_Q = sum_i mean (Q_i(s, a) - y)^2                                        after (2)
   (5)  Q' <- Q' + tau (Q - Q')
 
-Differences from the paper: first weights are torch's own; rewards are not standardised on D4RL's hands.
+Differences from the paper: first weights are torch's own. On D4RL's hands rewards are not standardised, and
+no target takes the best of ten actions (the authors' do on pen/cloned).
 Memory: 20 bytes a weight (itself, target, gradient, Adam's two). One of Hopper's critics has 135,681 weights;
 500 of them take 1.36 GB, and 0.13 GB more for every layer's outputs. Time grows with N as memory does.
 
@@ -124,9 +125,11 @@ class SACN:
 
     def actor_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         actions, log_prob = self.actor.sample(batch["observations"])  # [B, A], [B]
-        q = self.critic(batch["observations"], actions).amin(0)  # [B], of all N
-        loss = (self.temperature().detach() * log_prob - q).mean()  # (2)
-        return loss, {"actor/loss": loss.detach(), "actor/temperature": self.temperature().detach()}
+        q = self.critic(batch["observations"], actions)  # [N, B]
+        loss = (self.temperature().detach() * log_prob - q.amin(0)).mean()  # (2)
+        metrics = {"actor/temperature": self.temperature().detach()}
+        metrics["actor/q_std"] = q.detach().std(0, correction=0).mean()  # at 0 all N are as one
+        return loss, {"actor/loss": loss.detach(), **metrics}
 
     def critic_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
