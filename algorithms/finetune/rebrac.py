@@ -14,7 +14,7 @@ from the environment by then: the policy may leave what the data show, and does 
 
 Differences from the paper: it is offline alone; the online phase is that of CORL's runs of ReBRAC. An episode
 cut by a time limit keeps its last transition, which bootstraps without penalty, as it has no b; first weights
-are torch's own, and the target actor follows the actor of the same update.
+and LayerNorm's epsilon are torch's own; the target actor follows the actor of the same update.
 
   python algorithms/finetune/rebrac.py --config_path configs/finetune/rebrac/reef/pointmaze/umaze-v0.yaml
 """

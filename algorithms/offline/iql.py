@@ -11,7 +11,8 @@ next state, and the actor imitates the data's actions, each weighted by the expo
   (5)  Q' <- Q' + tau (Q - Q')
 
 Differences from the paper: an episode cut by a time limit keeps its last transition, which bootstraps from
-that episode's last observation; rewards are scaled only where a config says so.
+that episode's last observation; rewards are scaled only where a config says so; first weights are torch's
+own (the authors': orthogonal).
 
   python algorithms/offline/iql.py --config_path configs/offline/iql/reef/pointmaze/umaze-v0.yaml
 """
