@@ -136,6 +136,14 @@ def test_a_chain_is_worth_2_8(minari_root):
     assert curve["update"].tolist() == [*range(100, 1501, 100)]
 
 
+def test_states_are_counted_from_the_spaces_first(minari_root):
+    """Of 5 to 8 the last is one of four inputs, as 3 is of 0 to 3."""
+    space = gym.spaces.Discrete(4, start=5)
+    log = script.side_by_side(store("test/logs/from-5-v0", [course([5, 6, 8], [2, 0], [1, 2])], space))
+    seen = script.Features(space, log)(torch.tensor([5, 6, 8]))
+    assert seen.tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]
+
+
 def test_a_loop_that_only_truncates_is_worth_10(minari_root):
     episodes = [course([0, 0, 0], [a, b], [1, 1], ended=False) for a in range(3) for b in range(3)] * 4
     _, curve, _ = fit(store("test/logs/loop-v0", episodes), 2500, 0.9)

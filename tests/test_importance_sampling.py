@@ -313,6 +313,15 @@ def test_a_mask_at_fault_is_named(minari_root, number, masks, said):
         script.side_by_side(dataset)
 
 
+@pytest.mark.parametrize("propensity", [[0.5, 0.0], [0.5, 1.5], [0.5, math.nan], [0.5, 0.5, 0.5]])
+def test_propensities_at_fault_are_named(minari_root, propensity):
+    """One of 0 would give its episode a weight without end; of nan there is no weight at all."""
+    name = f"test/logs/unlikely-{len(propensity)}-{propensity[1] * 10:.0f}-v0"
+    dataset = store(name, [course([0, 1, 3], [1, 0], [1, 0], propensity=propensity)])
+    with pytest.raises(script.UserError, match="episode 0: propensities of its 2 steps are not all in"):
+        script.side_by_side(dataset)
+
+
 # --------------------------------------------- the command line ---------------------------------------------
 
 
