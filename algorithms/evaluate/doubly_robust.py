@@ -14,7 +14,7 @@ critic, and with little variance if the critic is good.
 
 FQE beside them is the same critic's V(s_0) over the other half. Propensities, vectors of actions and masks of
 choices are as in importance_sampling.py. Where a time limit cut an episode, V(s_T) stands for what would have
-come after.
+come after. Of vectors V is Q at pi's own action, without the noise that gives pi its density.
 
 Differences from the paper: (5), without which the critic has seen the episodes that are to correct it; V is
 a gradient fit, and stays as it is in (7); (6) and (7) are not the paper's.
