@@ -68,7 +68,7 @@ class Config:
     updates: Count = 20_000  # gradient updates of the critic of each policy
     batch_size: Count = 256  # transitions in an update
     discount: Share = 1.0  # gamma
-    tau: Share = 0.005  # rate of the target network
+    tau: Share = 0.05  # rate of the target network: values reach updates x tau steps back
     critic_lr: Size = 3e-4  # Adam's step size
     hidden_dim: Count = 64  # units in a hidden layer
     hidden_layers: Count = 2  # hidden layers of the critics
