@@ -282,6 +282,14 @@ def test_a_run_is_asked_as_its_script_answers_with_the_mask(minari_root, tmp_pat
     assert (script.ask(policy, name, seen, dataset, log)[~allowed] > 0).all()
 
 
+def test_a_policy_with_a_memory_is_refused(minari_root, tmp_path):
+    """It would be asked about steps without those before them."""
+    dataset, dt = store("test/logs/gated-memory-v0", gated(2)), load_script("discrete/dt.py")
+    dt.train(dt.parse_config(short(dataset.id, tmp_path, updates=2)))
+    with pytest.raises(script.UserError, match="acts by what it remembers of an episode"):
+        script.gather_policies(str(tmp_path / f"discrete/dt/{dataset.id}/default/seed-0"), 3)
+
+
 @pytest.mark.parametrize(
     ("policy", "said"),
     [

@@ -405,7 +405,9 @@ def load_policy(folder: str, choices: int) -> Callable:
         script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(script)
         learner = script.load(folder)
-        return learner.probabilities if choices else learner.act
+    if "rewards" in inspect.signature(learner.act).parameters:
+        raise UserError(f"policies: {folder} acts by what it remembers of an episode: not asked here")
+    return learner.probabilities if choices else learner.act
 
 
 def ask(policy: Callable, name: str, observations, dataset, log: dict, allowed=None) -> np.ndarray:
