@@ -106,6 +106,8 @@ def temporal_errors(log: dict, q: np.ndarray, next_v: np.ndarray, discount: floa
 
 def halves(log: dict[str, np.ndarray], seed: int) -> list[dict[str, np.ndarray]]:
     """The log's episodes in two halves, by lot (5)."""
+    if len(log["rewards"]) < 2:
+        raise UserError("the log has one episode, of which no halves can be made: see fqe.py")
     order = np.random.default_rng(seed).permutation(len(log["rewards"]))
     columns = {name: column for name, column in log.items() if name != "bounds"}
     return [log | {name: columns[name][rows] for name in columns} for rows in np.array_split(order, 2)]
