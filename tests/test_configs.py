@@ -224,9 +224,9 @@ def test_every_dataset_of_choices_has_its_config(algorithm):
 def test_atari_is_learnt_as_published(dataset):
     """Kumar et al. (2020), Fujimoto et al. (2019): the numbers of their code."""
     cql, bcq = (read(f"configs/discrete/{algorithm}/{dataset}.yaml") for algorithm in ("cql", "bcq"))
-    assert (cql["batch_size"], cql["critic_lr"], cql["cql_weight"]) == (32, 6.25e-5, 4)
+    assert (cql["batch_size"], cql["critic_lr"], cql["cql_weight"]) == (32, 5e-5, 4 / 100)
     assert (bcq["batch_size"], bcq["critic_lr"], bcq["actor_lr"]) == (32, 6.25e-5, 6.25e-5)
-    assert cql["tau"] == bcq["tau"] == 1 / 8000
+    assert (cql["tau"], bcq["tau"]) == (1 / 2000, 1 / 8000)
 
 
 @pytest.mark.parametrize("algorithm", ["bc", "bcq", "cql", "dqn", "dt", "iql"])

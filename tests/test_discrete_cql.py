@@ -37,6 +37,18 @@ def test_of_four_equal_choices_the_gap_is_ln_4_and_its_gradient_known():
         assert slope[0].tolist() == pytest.approx([-0.75, 0.25, 0.25, 0.25], abs=1e-5)
 
 
+def test_a_weight_of_the_papers_loss_is_a_hundredth_here():
+    """Its loss sums over 200 quantiles; where those of Q are equal, and of y, that is 100 times Huber's."""
+    found = learner("cql", cql_weight=0.04)
+    y = target(weights(found.critic), weights(found.target_critic), np.ones((3, 4), bool))
+    q, regression = chosen(weights(found.critic)), 0.0
+    for error in y - q:
+        for quantile in (np.arange(200) + 0.5) / 200:
+            regression += abs(quantile - (error < 0)) * huber(np.array([error])) / 3
+    loss, metrics = found.critic_loss(batch())
+    assert 100 * loss.item() == pytest.approx(regression + 4 * metrics["critic/gap"].item(), rel=1e-5)
+
+
 @pytest.mark.equation(5)
 def test_the_target_follows_slowly():
     assert_target_follows(learner("cql", tau=0.3))

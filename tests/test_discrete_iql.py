@@ -77,3 +77,13 @@ def test_the_actor_sees_the_value_as_updated():
 @pytest.mark.equation(5)
 def test_the_target_follows_slowly():
     assert_target_follows(learner("iql", tau=0.3))
+
+
+def test_it_draws_by_probability():
+    """Where a Gaussian's mean would be the likeliest choice alone."""
+    found, state = learner("iql"), rows()["observations"][:1]
+    wanted = softmax(perceptron(weights(found.actor), state))[0]
+    torch.manual_seed(0)
+    drawn = found.act(np.tile(state, (20_000, 1)))
+    assert np.bincount(drawn, minlength=4) / 20_000 == pytest.approx(wanted, abs=0.015)
+    assert wanted.max() < 0.9

@@ -101,6 +101,11 @@ def test_halves_share_no_episode_and_lose_none():
     assert again["rewards"].tolist() == first["rewards"].tolist() != other["rewards"].tolist()
 
 
+def test_one_episode_has_no_halves():
+    with pytest.raises(script.UserError, match="one episode"):
+        script.halves({"rewards": np.ones((1, 2)), "mask": np.ones((1, 2), bool)}, 0)
+
+
 @needs_package
 def test_it_mends_a_wrong_critic():
     """Uniform doses show a policy; a critic says .5 of everything, and is corrected."""

@@ -136,6 +136,24 @@ def test_a_chain_is_worth_2_8(minari_root):
     assert curve["update"].tolist() == [*range(100, 1501, 100)]
 
 
+def test_the_last_reward_of_a_long_episode_reaches_its_first_state(minari_root):
+    """20 steps: 1,000 updates reach 50 of them back, those of a target ten times as slow 5."""
+    episodes = [course([*range(21)], [i % 3 for i in range(20)], [1] * 20)]
+    log = script.side_by_side(dataset := store("test/logs/long-v0", episodes, gym.spaces.Discrete(21)))
+    config = script.Config(updates=1000, hidden_dim=16, members=2, critic_lr=5e-3)
+    uniform = partial(script.uniform_policy, 3)
+    _, curve = script.fit_critics(config, dataset, log, uniform, "test")
+    assert curve["value"].iloc[-1] == pytest.approx(20, abs=5)
+
+
+def test_states_are_counted_from_the_spaces_first(minari_root):
+    """Of 5 to 8 the last is one of four inputs, as 3 is of 0 to 3."""
+    space = gym.spaces.Discrete(4, start=5)
+    log = script.side_by_side(store("test/logs/from-5-v0", [course([5, 6, 8], [2, 0], [1, 2])], space))
+    seen = script.Features(space, log)(torch.tensor([5, 6, 8]))
+    assert seen.tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]
+
+
 def test_a_loop_that_only_truncates_is_worth_10(minari_root):
     episodes = [course([0, 0, 0], [a, b], [1, 1], ended=False) for a in range(3) for b in range(3)] * 4
     _, curve, _ = fit(store("test/logs/loop-v0", episodes), 2500, 0.9)

@@ -282,6 +282,14 @@ def test_a_run_is_asked_as_its_script_answers_with_the_mask(minari_root, tmp_pat
     assert (script.ask(policy, name, seen, dataset, log)[~allowed] > 0).all()
 
 
+def test_a_policy_with_a_memory_is_refused(minari_root, tmp_path):
+    """It would be asked about steps without those before them."""
+    dataset, dt = store("test/logs/gated-memory-v0", gated(2)), load_script("discrete/dt.py")
+    dt.train(dt.parse_config(short(dataset.id, tmp_path, updates=2)))
+    with pytest.raises(script.UserError, match="acts by what it remembers of an episode"):
+        script.gather_policies(str(tmp_path / f"discrete/dt/{dataset.id}/default/seed-0"), 3)
+
+
 @pytest.mark.parametrize(
     ("policy", "said"),
     [
@@ -310,6 +318,15 @@ def test_a_mask_at_fault_is_named(minari_root, number, masks, said):
     episodes = [gated(1)[3], course([0, 1, 3], [1, 0], [1, 0], **masks)]
     dataset = store(f"test/logs/gated-{number}-v0", episodes)
     with pytest.raises(script.UserError, match=said):
+        script.side_by_side(dataset)
+
+
+@pytest.mark.parametrize("propensity", [[0.5, 0.0], [0.5, 1.5], [0.5, math.nan], [0.5, 0.5, 0.5]])
+def test_propensities_at_fault_are_named(minari_root, propensity):
+    """One of 0 would give its episode a weight without end; of nan there is no weight at all."""
+    name = f"test/logs/unlikely-{len(propensity)}-{propensity[1] * 10:.0f}-v0"
+    dataset = store(name, [course([0, 1, 3], [1, 0], [1, 0], propensity=propensity)])
+    with pytest.raises(script.UserError, match="episode 0: propensities of its 2 steps are not all in"):
         script.side_by_side(dataset)
 
 

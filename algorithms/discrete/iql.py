@@ -12,7 +12,7 @@ the data's choices, each weighted by the exponential of its advantage. It acts b
 
 Choices that infos["action_mask"] forbids, in the data or in the environment, are left out everywhere.
 
-Differences from the paper: one critic, not the smaller of two; no falling step size; choices, not vectors.
+Differences from the paper: one critic, not the smaller of two; no falling step size; choices are drawn.
 
   python algorithms/discrete/iql.py --config_path configs/discrete/iql/reef/sepsis/clinician-v0.yaml
 """

@@ -14,7 +14,7 @@ critic, and with little variance if the critic is good.
 
 FQE beside them is the same critic's V(s_0) over the other half. Propensities, vectors of actions and masks of
 choices are as in importance_sampling.py. Where a time limit cut an episode, V(s_T) stands for what would have
-come after.
+come after. Of vectors V is Q at pi's own action, without the noise that gives pi its density.
 
 Differences from the paper: (5), without which the critic has seen the episodes that are to correct it; V is
 a gradient fit, and stays as it is in (7); (6) and (7) are not the paper's.
@@ -68,7 +68,7 @@ class Config:
     updates: Count = 20_000  # gradient updates of the critic of each policy
     batch_size: Count = 256  # transitions in an update
     discount: Share = 1.0  # gamma
-    tau: Share = 0.005  # rate of the target network
+    tau: Share = 0.05  # rate of the target network: values reach updates x tau steps back
     critic_lr: Size = 3e-4  # Adam's step size
     hidden_dim: Count = 64  # units in a hidden layer
     hidden_layers: Count = 2  # hidden layers of the critics
@@ -106,6 +106,8 @@ def temporal_errors(log: dict, q: np.ndarray, next_v: np.ndarray, discount: floa
 
 def halves(log: dict[str, np.ndarray], seed: int) -> list[dict[str, np.ndarray]]:
     """The log's episodes in two halves, by lot (5)."""
+    if len(log["rewards"]) < 2:
+        raise UserError("the log has one episode, of which no halves can be made: see fqe.py")
     order = np.random.default_rng(seed).permutation(len(log["rewards"]))
     columns = {name: column for name, column in log.items() if name != "bounds"}
     return [log | {name: columns[name][rows] for name in columns} for rows in np.array_split(order, 2)]
@@ -405,7 +407,8 @@ def side_by_side(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
         columns["terminations"].append(np.asarray(episode.terminations, np.float32))
         columns["mask"].append(np.ones(len(episode.rewards), bool))
         if not is_vector and "propensity" in (episode.infos or {}):
-            columns["propensities"].append(np.asarray(episode.infos["propensity"], np.float64))
+            likely = read_propensities(episode, f"{dataset.id}, episode {episode.id}")
+            columns["propensities"].append(likely)
         if not is_vector and "action_mask" in (episode.infos or {}):
             allowed = read_mask(episode, space, f"{dataset.id}, episode {episode.id}")
             columns["allowed"].append(allowed)
@@ -438,6 +441,14 @@ def image_of(tree):
     """The image of a Dict that has one, or of its space (minigrid's); anything else is itself."""
     has_one = isinstance(tree, Mapping) and "image" in {*tree}  # `in` a space asks for elements, not for keys
     return tree["image"] if has_one else tree
+
+
+def read_propensities(recorded: minari.EpisodeData, where: str) -> np.ndarray:
+    """infos["propensity"]: how likely the logger's choice was at every step [T]."""
+    likely, steps = np.asarray(recorded.infos["propensity"], np.float64), len(recorded.rewards)
+    if likely.shape != (steps,) or not ((likely > 0) & (likely <= 1)).all():
+        raise UserError(f"{where}: propensities of its {steps} steps are not all in (0, 1]")
+    return likely
 
 
 def read_mask(recorded: minari.EpisodeData, space: gym.spaces.Discrete, where: str) -> np.ndarray:
@@ -481,7 +492,7 @@ class Features(nn.Module):
         super().__init__()
         self.one_hot = isinstance(space, gym.spaces.Discrete)
         if self.one_hot:
-            self.inputs = int(space.n)
+            self.inputs, self.first_state = int(space.n), int(space.start)
             return
         seen = log["observations"][:, :-1][log["mask"]]
         seen = seen.reshape(len(seen), -1)
@@ -491,7 +502,7 @@ class Features(nn.Module):
 
     def forward(self, observations: Tensor) -> Tensor:
         if self.one_hot:
-            return nn.functional.one_hot(observations.long(), self.inputs).float()
+            return nn.functional.one_hot(observations.long() - self.first_state, self.inputs).float()
         return (observations.flatten(1) - self.mean) / self.std
 
 
@@ -577,7 +588,9 @@ def load_policy(folder: str, choices: int) -> Callable:
         script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(script)
         learner = script.load(folder)
-        return learner.probabilities if choices else learner.act
+    if "rewards" in inspect.signature(learner.act).parameters:
+        raise UserError(f"policies: {folder} acts by what it remembers of an episode: not asked here")
+    return learner.probabilities if choices else learner.act
 
 
 def ask(policy: Callable, name: str, observations, dataset, log: dict, allowed=None) -> np.ndarray:

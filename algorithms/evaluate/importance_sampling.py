@@ -224,7 +224,8 @@ def side_by_side(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
         columns["terminations"].append(np.asarray(episode.terminations, np.float32))
         columns["mask"].append(np.ones(len(episode.rewards), bool))
         if not is_vector and "propensity" in (episode.infos or {}):
-            columns["propensities"].append(np.asarray(episode.infos["propensity"], np.float64))
+            likely = read_propensities(episode, f"{dataset.id}, episode {episode.id}")
+            columns["propensities"].append(likely)
         if not is_vector and "action_mask" in (episode.infos or {}):
             allowed = read_mask(episode, space, f"{dataset.id}, episode {episode.id}")
             columns["allowed"].append(allowed)
@@ -257,6 +258,14 @@ def image_of(tree):
     """The image of a Dict that has one, or of its space (minigrid's); anything else is itself."""
     has_one = isinstance(tree, Mapping) and "image" in {*tree}  # `in` a space asks for elements, not for keys
     return tree["image"] if has_one else tree
+
+
+def read_propensities(recorded: minari.EpisodeData, where: str) -> np.ndarray:
+    """infos["propensity"]: how likely the logger's choice was at every step [T]."""
+    likely, steps = np.asarray(recorded.infos["propensity"], np.float64), len(recorded.rewards)
+    if likely.shape != (steps,) or not ((likely > 0) & (likely <= 1)).all():
+        raise UserError(f"{where}: propensities of its {steps} steps are not all in (0, 1]")
+    return likely
 
 
 def read_mask(recorded: minari.EpisodeData, space: gym.spaces.Discrete, where: str) -> np.ndarray:
@@ -300,7 +309,7 @@ class Features(nn.Module):
         super().__init__()
         self.one_hot = isinstance(space, gym.spaces.Discrete)
         if self.one_hot:
-            self.inputs = int(space.n)
+            self.inputs, self.first_state = int(space.n), int(space.start)
             return
         seen = log["observations"][:, :-1][log["mask"]]
         seen = seen.reshape(len(seen), -1)
@@ -310,7 +319,7 @@ class Features(nn.Module):
 
     def forward(self, observations: Tensor) -> Tensor:
         if self.one_hot:
-            return nn.functional.one_hot(observations.long(), self.inputs).float()
+            return nn.functional.one_hot(observations.long() - self.first_state, self.inputs).float()
         return (observations.flatten(1) - self.mean) / self.std
 
 
@@ -396,7 +405,9 @@ def load_policy(folder: str, choices: int) -> Callable:
         script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(script)
         learner = script.load(folder)
-        return learner.probabilities if choices else learner.act
+    if "rewards" in inspect.signature(learner.act).parameters:
+        raise UserError(f"policies: {folder} acts by what it remembers of an episode: not asked here")
+    return learner.probabilities if choices else learner.act
 
 
 def ask(policy: Callable, name: str, observations, dataset, log: dict, allowed=None) -> np.ndarray:
