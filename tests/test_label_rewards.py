@@ -100,6 +100,22 @@ def test_rewards_of_an_episode_beside_a_demonstration():
     np.testing.assert_allclose(script.transport_rewards(seen, shown), wanted, rtol=1e-9)
 
 
+@pytest.mark.parametrize("steps", [30, 45])
+def test_steps_of_the_authors_mass_earn_the_same(steps):
+    """A difference that is none: 1/1000 for each step of both, however many there are, and 1000 for T."""
+    rng = np.random.default_rng(8)
+    seen, shown = rng.normal(size=(steps, 4)).cumsum(0), rng.normal(size=(40, 4)).cumsum(0)
+    norms = np.linalg.norm(seen, axis=1)[:, None] * np.linalg.norm(shown, axis=1)
+    costs = 1 - seen @ shown.T / norms
+    f = np.zeros(steps)
+    for _ in range(100):
+        g = -np.log(1000) - logsumexp(f[:, None] - costs / 0.01, axis=0)
+        f = -np.log(1000) - logsumexp(g - costs / 0.01, axis=1)
+    plan = np.exp(f[:, None] + g - costs / 0.01)
+    wanted = 5 * np.exp(-5 * 1000 / 4 * (plan * costs).sum(1))
+    np.testing.assert_allclose(script.transport_rewards(seen, shown), wanted, rtol=1e-7)
+
+
 def test_an_episode_that_is_its_demonstration_earns_all_there_is():
     walk = RNG.normal(size=(50, 4)).cumsum(0)
     np.testing.assert_allclose(script.transport_rewards(walk, walk[::-1]), 5, atol=0.2)

@@ -135,6 +135,34 @@ def test_simulation_agrees_with_the_exact_value(name):
 
 
 @needs_package
+def test_doses_seen_less_often_do_what_the_mean_of_the_others_does():
+    """By the package's list of the others; an eighth of the clinicians' choices are such doses."""
+    folder = Path(importlib.util.find_spec("icu_sepsis").origin).parent / "envs/assets"
+    assert json.loads((folder / "metadata.json").read_text())["threshold"] == 20
+    lines = (folder / "admissible_actions.txt").read_text().splitlines()[1:]
+    process, rare = sepsis.read_dynamics(), np.zeros(sepsis.DEATH)
+    for state in range(sepsis.DEATH):
+        shown = [int(dose) for dose in lines[state].split()]
+        rest = np.setdiff1d(np.arange(25), shown)
+        effects, rare[state] = process["transitions"][state], process["clinician"][state, rest].sum()
+        assert np.abs(effects[rest] - effects[shown].mean(0)).max(initial=0) < 1e-12
+    ways = np.einsum("sa,sat->st", process["clinician"][:713], process["transitions"][:713, :, :713])
+    visits = np.linalg.solve(np.eye(713) - ways.T, process["starts"][:713])
+    assert visits @ rare / visits.sum() == pytest.approx(1 / 8, abs=0.01)
+
+
+@needs_package
+def test_the_package_rewards_survival_alone_and_ends_there():
+    """Its table of rewards, and its ends: death and survival lead to 715 by any dose, for no reward."""
+    file = Path(importlib.util.find_spec("icu_sepsis").origin).parent / "envs/assets/dynamics.npz"
+    with np.load(file) as found:
+        rewards = found["r_mat"]
+    assert (rewards[: sepsis.DEATH, :, sepsis.SURVIVAL] == 1).all()
+    assert (np.delete(rewards[: sepsis.DEATH], sepsis.SURVIVAL, 2) == 0).all()
+    assert (sepsis.read_dynamics()["transitions"][sepsis.DEATH :, :, 715] == 1).all()
+
+
+@needs_package
 def test_the_environment_is_the_same_process():
     env = gym.make(sepsis.register())
     check_env(env.unwrapped, skip_render_check=True)
@@ -149,6 +177,20 @@ def test_the_environment_is_the_same_process():
             assert reward == info["success"] == (state == sepsis.SURVIVAL)
         survived.append(reward)
     assert abs(np.mean(survived) - sepsis.value(policy)) < 4 * np.std(survived) / 600**0.5
+
+
+@needs_package
+def test_a_seed_gives_the_packages_course():
+    """The package draws each state by Generator.choice, first of the starts."""
+    process, env = sepsis.read_dynamics(), sepsis.Sepsis()
+    for seed in range(40):
+        rng, ended = gym.utils.seeding.np_random(seed)[0], False
+        state, _ = env.reset(seed=seed)
+        assert state == rng.choice(716, p=process["starts"])
+        while not ended:
+            wanted = rng.choice(716, p=process["transitions"][state, seed % 25])
+            state, _, ended, _, _ = env.step(seed % 25)
+            assert state == wanted
 
 
 # ----------------------------------------------- the logs -----------------------------------------------

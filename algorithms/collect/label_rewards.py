@@ -22,8 +22,10 @@ Demonstrations (for uds: the labelled episodes) are those of the dataset `demons
 the log itself by their returns: then all other rewards are hidden, to see what a method can do without them.
 
 Differences from the papers: uds knows rewards in [0, 1], where 0 is the smallest; here they are any, which
-is why there is `minimum`. In the authors' code of OTR every episode counts as 1,000 steps long, here T and
-S are its own; `normalize_states` is ours, for logs whose columns have units of their own.
+is why there is `minimum`. The authors of OTR take beta = 1 in AntMaze, here it is 5 everywhere, and scale the
+rewards to returns that span 1,000, which is left to the learner (IQL's `normalize_rewards`); the mass 1/1,000
+that a step has in their code comes to the same rewards. `normalize_states` is ours, for logs whose columns
+have units of their own.
 
   python algorithms/collect/label_rewards.py --source my/logs-v0 --demonstrations my/good-v0 --dataset my/a-v0
 """
@@ -117,7 +119,7 @@ def cosine_costs(observations: np.ndarray, demonstration: np.ndarray) -> np.ndar
 
 
 def transport(costs: np.ndarray, iterations: int = ITERATIONS) -> np.ndarray:
-    """P [T, S] of (3) for costs [T, S] in [0, 2]: all mass moved, each step's share to the nearest."""
+    """P [T, S] of (3) for costs [T, S] in [0, 2]: its rows sum to 1/T, its columns nearly to 1/S."""
     steps, others = costs.shape
     kernel = np.exp(-costs / EPSILON)  # (4)
     u = np.ones(steps)

@@ -21,7 +21,9 @@ play, 100 the last policy without noise.
 
 Differences from the papers: only choices that do something in the game (the package's "minimal" ones); an
 episode ends after 1,000 steps; the action that a sticky one repeats is forgotten at an episode's start; to
-learn in minutes, one hidden layer for a convolution, returns of three steps, double Q-learning and Adam.
+learn in minutes and a fiftieth of the 5,000,000 steps, one hidden layer for a convolution, returns of three
+steps, double Q-learning, Adam with a falling step size, and exploration that ends sooner and lower (at 0.05
+for 0.1). What is logged is the choice, not the action that a sticky one puts in its place.
 
   python algorithms/collect/minatar.py --config_path configs/collect/minatar/breakout/mixed-v0.yaml
 """
@@ -80,9 +82,9 @@ class Config:
     seed: int = 0  # of the network, choices and games
     expert_noise: Share = 0.05  # epsilon of the expert
     reference_episodes: Count = 100  # of random play and of the last policy, for the scores 0 and 100
-    random_steps: Count = 2000  # before the first update
-    exploration: Share = 0.1  # of training, over which epsilon falls to `epsilon`
-    epsilon: Share = 0.05  # of (1), from then on
+    random_steps: Count = 2000  # before the first update; epsilon falls in these, too
+    exploration: Share = 0.1  # of training, over which a line falls from 1 to 0
+    epsilon: Share = 0.05  # of (1), where the line is lower
     update_every: Count = 2  # steps of the game for each update
     target_every: Count = 500  # updates
     batch_size: Count = 32  # transitions in an update

@@ -11,7 +11,8 @@ actor's weights in half precision. Evaluations sample from the policy, as collec
   (5)  Q' <- Q' + tau (Q - Q')
 
 Differences from the paper: an update follows a step in each of several environments, where the paper takes
-one step in one; the critics' step size is larger than the actor's.
+one step in one; the critics' step size is larger than the actor's; (2) has no 1/2, to which Adam is blind;
+log alpha stands for alpha in (4); a log deviation is at least -5 (the authors' code: -20).
 
 The same seed gives the same bits on the same machine, unless the run was resumed: a checkpoint holds no
 replay buffer, and a resumed run first fills a new one with refill_steps of the ladder's policies and its own.

@@ -14,9 +14,11 @@ one dose as likely as another, `mixed` half of the episodes of each. Every step 
 which the policy that acted chose its dose, infos["propensity"]. Score 0 is the clinicians' value, 100 the
 optimum.
 
-Differences from the package: doses are numbers from 0 to 24, not pairs; a dose that the records do not show
-in a state does there what the mean of those shown does (the package's default); an episode ends on death or
-survival, not one step later.
+A dose that the records show in a state fewer than 20 times does there what the mean of the others does (the
+package's default). So does an eighth of what the clinicians choose: their policy has rare doses, too.
+
+Differences from the package: none in states, doses, rewards and ends, and a seed gives the same course; but
+it cuts an episode after 500 steps, which no patient ever sees, and tells the state's features beside it.
 
   python algorithms/collect/sepsis.py --config_path configs/collect/sepsis/clinician-v0.yaml
 """
