@@ -8,7 +8,7 @@ and act at once; with a 95 % interval looked at again and again some alarm is ce
 
 Watching, n episodes so far, episode i with return G_i:
   (1)  X_i = V(s_0) + sum_t gamma^t w_t delta_t,  D_i = X_i - G_i    V, w, delta: as in doubly_robust.py, but
-                                                                     a time limit, too, ends all
+                                                                     a time limit, too, is an end
   (2)  L_n = mean D - s sqrt(2 (n q + 1) / (n^2 q) log(sqrt(n q + 1) / a))   s: deviation of D, a: `alpha`,
        q = (-2 log a + log(1 - 2 log a)) / n*                                tightest after n* episodes
   (3)  ESS = (sum_i w_T)^2 / sum_i w_T^2
