@@ -19,13 +19,13 @@ Acting, episode k, which was the policy's (A = 1) with chance p, else the logger
   (7)  S = mean_f prod_k (1 + f (U_k + margin) / l_k)      -l_k: the smallest; f: 1/2, 1/4, ..., 1/64
   (8)  stop if H >= 1/a;  the next share if S >= 1/a
 
-(2) is the lower end of a two-sided confidence sequence (Waudby-Smith et al., 2021, arXiv:2103.06476), so it
-is wider than need be: it holds for all n at once, if n is large. (6) and (7) are wealths of bets, exact for any n and under drift (Waudby-Smith
-and Ramdas, 2020, arXiv:2010.09686, and with lots as in (5) Waudby-Smith et al., 2022, arXiv:2210.10768):
-who bets on what is false multiplies a stake by 1/a, ever, with a chance of at most a. So a policy that is
-not worse than the logger is stopped as harmful with a chance of at most a, and one that is worse by the
-margin leaves the canary's share with a chance of at most a, however long it takes and however often one
-looks.
+(2) is the lower end of a two-sided confidence sequence (Waudby-Smith et al., 2021, arXiv:2103.06476): it
+holds for all n at once, if n is large. (6) and (7) are wealths of bets, exact for any n and under drift
+(Waudby-Smith and Ramdas, 2020, arXiv:2010.09686, and with lots as in (5) Waudby-Smith et al., 2022,
+arXiv:2210.10768): who bets on what is false multiplies a stake by 1/a, ever, with a chance of at most a. So
+a policy that is not worse than the logger is stopped as harmful with a chance of at most a, and one that is
+worse by the margin leaves the canary's share with a chance of at most a, however long it takes and however
+often one looks.
 
 Differences from the papers: the mean of six fixed bets, not one that is tuned on the way; D is a difference
 from the same episodes' returns; the other limits of (4) are ours. At a share of 1 nothing is compared any
