@@ -202,7 +202,7 @@ def test_the_wealths_against_loops():
             safe[j] *= 1 + f * (u + 0.1) / max(m / p, (1 - m) / (1 - p))
     assert row["log_harm"] == pytest.approx(math.log(harm.mean()))
     assert row["log_safe"] == pytest.approx(math.log(safe.mean()))
-    assert row["gain"] == pytest.approx(2 * total / 6)
+    assert row["gain"] == pytest.approx(2 * total / 5)  # the fifth was no lot
 
 
 def all_courses(gain: float, alpha: float, steps: int = 5) -> tuple[float, ...]:
@@ -431,6 +431,27 @@ def test_masks_are_heeded_and_handed_over(minari_root):
     script.hand_over(config, dataset)
     together = script.side_by_side(minari.load_dataset(config.handover))
     assert together["allowed"].tolist() == [*log["allowed"].tolist(), *log["allowed"][:9].tolist()]
+
+
+def test_a_cut_is_an_end(minari_root, monkeypatch):
+    """What might have come after a time limit is in no return: the logger's own policy gains nothing by it.
+
+    V and Q are 5 everywhere, weights 1: in two steps X = 5 + (r + 5 - 5) + (r' - 5) = G, so D is 0.
+    """
+    plans = [(0, 1), (1, 2), (2, 0)] * 4
+    dataset = store("test/shadow/cut-v0", [course([0, 1, 3], plan, [1, 2], ended=False) for plan in plans])
+    fitted = []
+
+    def fit_critics(config, dataset, log, *_):
+        fitted.append(log["terminations"].tolist())
+        return None, None
+
+    monkeypatch.setattr(script, "fit_critics", fit_critics)
+    monkeypatch.setattr(script, "values_at", lambda critics, before, *_, **__: np.full(len(before), 5.0))
+    config = script.Config(**FIELDS | {"fit_episodes": 6, "policy": "behavior"})
+    watched = script.watch_log(config, dataset, 0)
+    assert watched["difference"].to_numpy() == pytest.approx(np.zeros(6), abs=1e-5)
+    assert fitted == [[[0, 1]] * 6]  # nor has the critic a value beyond a cut
 
 
 REFUSED = {

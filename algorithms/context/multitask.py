@@ -84,7 +84,7 @@ class Config:
     dropout: Share = 0.1  # of embeddings, attention and residual branches, in training
     hidden_dim: Count = 128  # size of a token
     hidden_layers: Count = 3  # blocks of the transformer, one attention head each
-    timesteps: Count = 1000  # steps of an episode, behind its prompt, with an embedding of their own
+    timesteps: Count = 1000  # steps, a prompt's and then its episode's, with an embedding of their own
     return_scale: Positive = 0.25  # the network sees the returns-to-go of (1), at most 1, divided by it
     target_quantile: Share = 1.0  # of a task's returns in the data, to ask for: 1 is the best
     normalize_states: bool = True  # standardise observations by their dataset's mean and deviation

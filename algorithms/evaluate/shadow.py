@@ -7,7 +7,8 @@ and falls to nothing on proof that it is. The bounds hold at every moment, so on
 and act at once; with a 95 % interval looked at again and again some alarm is certain.
 
 Watching, n episodes so far, episode i with return G_i:
-  (1)  X_i = V(s_0) + sum_t gamma^t w_t delta_t,  D_i = X_i - G_i            V, w, delta: see doubly_robust.py
+  (1)  X_i = V(s_0) + sum_t gamma^t w_t delta_t,  D_i = X_i - G_i    V, w, delta: as in doubly_robust.py, but
+                                                                     a time limit, too, is an end
   (2)  L_n = mean D - s sqrt(2 (n q + 1) / (n^2 q) log(sqrt(n q + 1) / a))   s: deviation of D, a: `alpha`,
        q = (-2 log a + log(1 - 2 log a)) / n*                                tightest after n* episodes
   (3)  ESS = (sum_i w_T)^2 / sum_i w_T^2
@@ -18,13 +19,13 @@ Acting, episode k, which was the policy's (A = 1) with chance p, else the logger
   (7)  S = mean_f prod_k (1 + f (U_k + margin) / l_k)      -l_k: the smallest; f: 1/2, 1/4, ..., 1/64
   (8)  stop if H >= 1/a;  the next share if S >= 1/a
 
-(2) is the lower end of a confidence sequence (Waudby-Smith et al., 2021, arXiv:2103.06476): it holds for
-all n at once, if n is large. (6) and (7) are wealths of bets, exact for any n and under drift (Waudby-Smith
-and Ramdas, 2020, arXiv:2010.09686, and with lots as in (5) Waudby-Smith et al., 2022, arXiv:2210.10768):
-who bets on what is false multiplies a stake by 1/a, ever, with a chance of at most a. So a policy that is
-not worse than the logger is stopped as harmful with a chance of at most a, and one that is worse by the
-margin leaves the canary's share with a chance of at most a, however long it takes and however often one
-looks.
+(2) is the lower end of a two-sided confidence sequence (Waudby-Smith et al., 2021, arXiv:2103.06476): it
+holds for all n at once, if n is large. (6) and (7) are wealths of bets, exact for any n and under drift
+(Waudby-Smith and Ramdas, 2020, arXiv:2010.09686, and with lots as in (5) Waudby-Smith et al., 2022,
+arXiv:2210.10768): who bets on what is false multiplies a stake by 1/a, ever, with a chance of at most a. So
+a policy that is not worse than the logger is stopped as harmful with a chance of at most a, and one that is
+worse by the margin leaves the canary's share with a chance of at most a, however long it takes and however
+often one looks.
 
 Differences from the papers: the mean of six fixed bets, not one that is tuned on the way; D is a difference
 from the same episodes' returns; the other limits of (4) are ours. At a share of 1 nothing is compared any
@@ -159,7 +160,8 @@ class Deployment:
         self.config, self.shares = config, read_shares(config.shares)
         self.phase, self.share, self.rows = "shadow", 0.0, []
         self.watched, self.sums = 0, np.zeros(6)
-        self.compared, self.contrasts, self.returns = 0, 0.0, 0.0
+        self.compared, self.returns = 0, 0.0  # live episodes, and the sum of their returns
+        self.drawn, self.contrasts = 0, 0.0  # those that either could have had, and the sum of their U
         self.at_share, self.own = 0, 0  # episodes since the share last rose; episodes of the policy
         self.log_harm, self.log_safe = np.zeros(len(FRACTIONS)), np.zeros(len(FRACTIONS))
 
@@ -193,13 +195,14 @@ class Deployment:
         self.returns += scaled
         if lot < 1:
             u, largest, smallest = contrast(canary, lot, scaled, level)
+            self.drawn += 1
             self.contrasts += u
             f = np.array(FRACTIONS)
             self.log_harm += np.log1p(-f * u / largest)  # (6)
             self.log_safe += np.log1p(f * (u + config.margin / (high - low)) / smallest)  # (7)
         harm, safe = log_mean_exp(self.log_harm), log_mean_exp(self.log_safe)
         row = {"canary": int(canary), "lot": lot, "value": value}
-        gain = (high - low) * self.contrasts / self.compared
+        gain = (high - low) * self.contrasts / max(self.drawn, 1)
         row |= {"gain": gain, "log_harm": harm, "log_safe": safe}
         return self.note(before, self.judge(harm, safe), row)
 
@@ -295,6 +298,8 @@ def agreements(given: np.ndarray, clone: np.ndarray, log: dict, policy_std: floa
 def watch_log(config: Config, dataset: minari.MinariDataset, done: int) -> pd.DataFrame:
     """What `Deployment.watch` takes: a row an episode of the log, but for those to fit and `done` more."""
     log = side_by_side(dataset)
+    ends = log["mask"].sum(1) - 1
+    log["terminations"][np.arange(len(ends)), ends] = 1  # a time limit's too: G_i ends there as well
     first = rows_of(log, slice(config.fit_episodes))
     later = rows_of(log, slice(config.fit_episodes + done, None))
     choices = int(dataset.action_space.n) if log["actions"].ndim == 2 else 0

@@ -4,16 +4,17 @@ Imitation told the return still to come, as dt.py, whose transformer has read te
 text left them, and small additions are trained. The question is whether that helps where data are few.
 
   (1)  R_t = r_t + r_{t+1} + ... to the episode's end                  R_t: return-to-go
-  (2)  f(x) = W_1 x + b_1 + W_3 gelu(W_2 x + b_2) + b_3                one each for returns, s, a and outputs
+  (2)  f(x) = y + W_2 gelu(y) + b_2,  y = W_1 x + b_1                  one each for returns, s and a
   (3)  e_t = norm(f(R_t)) + w_t, norm(f(s_t)) + w_t, norm(f(a_t)) + w_t    tokens; w_t: learned for each t
   (4)  W' x = W x + (alpha / r) B A x                                  A: [r, in], B: [out, r], 0 at first
-  (5)  p_t = f(h(s_t))                                                 h: layers with W' for q, k, v
+  (5)  p_t = W_4 gelu(W_3 h(s_t) + b_3) + b_4                          h: layers with W' for q, k, v
   (6)  L = mean (p_t - a_t)^2                                          over real steps and action entries
   (7)  R_1 = target, R_{t+1} = R_t - r_t, actions cut to [-1, 1]       acting
 
 Differences from the paper: the layers are the first `backbone_layers` of a model built as Llama, with rotary
 positions for GPT-2's learned ones; dropout is on the tokens alone, and Llama has no biases to train; there is
-no loss on text beside (6), an option of the authors' code; as in dt.py windows are padded on the right, the
+no loss on text beside (6), an option of the authors' code; A and B have a tenth of the step size, as the
+authors' script asks, though their optimiser overlooks it; as in dt.py windows are padded on the right, the
 target is a quantile of the returns in the kept data, and steps past `timesteps` share an embedding.
 
   python algorithms/language/lamo.py --config_path \
@@ -129,7 +130,8 @@ class LaMo:
             {"params": [p for name, p in trained.items() if "lora" in name],
              "lr": config.lora_step * config.actor_lr},
         ]
-        self.actor_optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+        self.actor_optimizer = torch.optim.AdamW(
+            groups, weight_decay=config.weight_decay, eps=1e-6, fused=True)  # eps: the authors'
         self.actor_schedule = torch.optim.lr_scheduler.LambdaLR(
             self.actor_optimizer, lambda update: min((update + 1) / config.warmup_updates, 1))
         self.history = collections.deque(maxlen=config.context)  # of an episode's steps, for `act`
@@ -209,15 +211,15 @@ class LoRALinear(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """One hidden layer beside a linear map: [..., in] -> [..., out]."""
+    """A linear map, and what a second layer adds to it: [..., in] -> [..., out]."""
 
-    def __init__(self, inputs: int, outputs: int, hidden: int):
+    def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.linear = nn.Linear(inputs, outputs)
-        self.mlp = nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+        self.first, self.second = nn.Linear(inputs, outputs), nn.Linear(outputs, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + self.mlp(x)  # (2)
+        y = self.first(x)
+        return y + self.second(nn.functional.gelu(y))  # (2)
 
 
 class LanguageTransformer(nn.Module):
@@ -235,9 +237,9 @@ class LanguageTransformer(nn.Module):
         dim, self.return_scale = self.backbone.config.hidden_size, config.return_scale
         self.bfloat16 = config.precision == "medium"
         self.register_buffer("target", torch.zeros(()))  # return to ask for
-        self.embed_return, self.embed_timestep = ResidualMLP(1, dim, dim), nn.Embedding(config.timesteps, dim)
-        self.embed_observation = ResidualMLP(obs_dim, dim, dim)
-        self.embed_action, self.head = ResidualMLP(act_dim, dim, dim), ResidualMLP(dim, act_dim, dim)
+        self.embed_return, self.embed_timestep = ResidualMLP(1, dim), nn.Embedding(config.timesteps, dim)
+        self.embed_observation, self.embed_action = ResidualMLP(obs_dim, dim), ResidualMLP(act_dim, dim)
+        self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, act_dim))
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(config.dropout)
 
     def forward(self, window: dict[str, Tensor]) -> Tensor:
