@@ -269,7 +269,7 @@ def test_local_datasets_are_learnt_for_50_000_updates():
     wanted |= {file: 10_000 for file in LEARNERS if "/finetune/" in file}
     for name, updates in {"iql": 20_000, "dt": 4000}.items():  # both stand still before that
         wanted |= {file: updates for file in LEARNERS if f"discrete/{name}/reef/sepsis/" in file}
-    for dataset in ("pointmaze/umaze-v0", "halfcheetah/medium-replay-v1"):  # ten to fifteen minutes of one core
+    for dataset in ("pointmaze/umaze-v0", "halfcheetah/medium-replay-v1"):  # a quarter of an hour
         wanted[f"configs/offline/bear/reef/{dataset}.yaml"] = 20_000
     # one makes none offline; lives, tasks and screens have updates of their own
     others = ("/rlpd/", "/context/", "/reef/atari/")
