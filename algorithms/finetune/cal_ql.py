@@ -165,7 +165,7 @@ class CalQL:
         floored = torch.maximum(q_b[:, :, 1:], batch["returns_to_go"])  # (9) [2, N, 2, B]
         gap = self.gap(q, torch.cat([q_b[:, :, :1], floored], 2), log_p)  # [2]
         penalty = c.cql_weight * self.multiplier().detach().clamp(max=1e6) * (gap - (c.lagrange_gap or 0))
-        loss = ((q - target).square().mean(1) + penalty).sum()  # (2)
+        loss = ((q - target).square().mean(1) + penalty).sum()  # (2), with a gap (7)
         metrics = {"critic/q_mean": q.detach().mean(), "critic/gap": gap.detach().mean()}
         metrics["critic/floored"] = (floored > q_b[:, :, 1:]).float().mean()
         return loss, metrics | {"critic/loss": loss.detach(), "critic/multiplier": self.multiplier().detach()}
