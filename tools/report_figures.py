@@ -68,7 +68,8 @@ def draw_aggregates(comparisons: list[Comparison], look: dict) -> Figure:
         left.set_yticks(range(len(one.cells)), one.cells)
         left.set_ylim(len(one.cells) - 0.4, -0.6)
         left.set_title(f"{one.suite}: IQM (datasets: {len(one.datasets)})")
-        right.set_visible(any((name, BASELINE) in one.improvement for name in one.cells))  # else there is none
+        has_baseline = any((name, BASELINE) in one.improvement for name in one.cells)
+        right.set_visible(has_baseline)
         right.set_title(f"P(better than {BASELINE})")
         right.set_xlim(-0.03, 1.03)
         right.axvline(0.5, color="#888888", lw=1, ls="--", zorder=0)
