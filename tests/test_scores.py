@@ -355,6 +355,12 @@ def test_check_tells_whether_the_readme_is_stale(root, scores, run, capsys):
     assert scores.main(["--check"]) == 1
 
 
+def test_a_folder_that_is_not_there(scores, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        scores.main([str(tmp_path / "rnus")])
+    assert f"there is no folder {tmp_path / 'rnus'}" in capsys.readouterr().err
+
+
 def test_nothing_half_written(root, scores, run, monkeypatch):
     run("bc")
     scores.main([])

@@ -268,6 +268,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("runs", nargs="?", type=Path, default=ROOT / "results/runs", help="their folder")
     parser.add_argument("--check", action="store_true", help="only tell whether a page is stale")
     options = parser.parse_args(arguments)
+    if not options.runs.is_dir() and options.runs != parser.get_default("runs"):  # comes with a first run
+        parser.error(f"there is no folder {options.runs}")
     return exit_status("scores.py", run, options)
 
 
