@@ -161,8 +161,8 @@ class BEAR:
         c = self.config
         with torch.no_grad():
             next_observations = batch["next_observations"].repeat_interleave(c.target_samples, 0)  # [B n, .]
-            both = gaussian(self.target_actor, batch["next_observations"])  # 2 x [B, A]
-            mean, std = (x.repeat_interleave(c.target_samples, 0) for x in both)  # 2 x [B n, A]
+            mean, std = gaussian(self.target_actor, batch["next_observations"])  # 2 x [B, A]
+            mean, std = (x.repeat_interleave(c.target_samples, 0) for x in (mean, std))  # 2 x [B n, A]
             next_actions = torch.tanh(mean + std * torch.randn_like(mean))  # [B n, A]
             low, high = self.target_critic(next_observations, next_actions).aminmax(dim=0)  # [B n]
             mixed = c.ensemble_lambda * low + (1 - c.ensemble_lambda) * high  # [B n]
