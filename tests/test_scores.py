@@ -273,7 +273,9 @@ def test_a_run_in_two_phases(root, scores, run, capsys, monkeypatch):
     assert rows[scores.SWITCH].iloc[-1].tolist() == [3.0, 1.0, 0.5]
     assert rows[scores.SWITCH].iloc[:-1].isna().all(axis=None)
     assert read(root).query("family == 'offline'")["online_steps"].isna().all()
-    assert "| Dataset | bc | finetune bc |" in (root / "docs/scores.md").read_text()
+    page = (root / "docs/scores.md").read_text()
+    places = [page.index(text) for text in ("s/offline` (", "| bc |", "s/finetune` (", "| finetune bc |")]
+    assert places == sorted(places)
 
 
 def test_tables(root, scores, run):
@@ -286,15 +288,16 @@ def test_tables(root, scores, run):
     change(run("bc", variant="top10", fraction=0.1, updates=60), score=-0.04)
     scores.main([])
     text = (root / "README.md").read_text()
-    note, _, *table = text.partition("scores:begin -->\n")[2].partition("\n<!-- scores:end")[0].splitlines()
-    assert "(3 seeds, 40 updates if" in note
-    assert cells(table[0]) == ["Dataset", "bc", "bc top10", "td3_bc"]
-    dataset, plain, top10, unscored = cells(table[2])
-    assert dataset == ID
-    assert plain == f"[30.0 ± 26.5](../configs/offline/bc/{ID}.yaml)"
-    assert top10 == f"[0.0](../configs/offline/bc/{ID}-top10.yaml) (1 seed, 60 updates)"
-    assert unscored.startswith("[return -")
-    assert " ± " in unscored
+    block = text.partition("scores:begin -->\n")[2].partition("\n<!-- scores:end")[0].splitlines()
+    _, heading, *table = [line for line in block if line]
+    assert heading == "`algorithms/offline` (3 seeds, 40 updates if not stated):"
+    assert cells(table[0]) == ["Algorithm", ID]
+    plain, top10, unscored = map(cells, table[2:])
+    assert plain == ["bc", f"[30.0 ± 26.5](../configs/offline/bc/{ID}.yaml)"]
+    assert top10 == ["bc top10", f"[0.0](../configs/offline/bc/{ID}-top10.yaml) (1 seed, 60 updates)"]
+    assert unscored[0] == "td3_bc"
+    assert unscored[1].startswith("[return -")
+    assert " ± " in unscored[1]
     before, after = README.partition("stale\n")[::2]
     assert text.endswith(after)
     assert "In between, with a \\ in it." in text

@@ -165,25 +165,31 @@ def gather(runs: Path) -> None:
         print(f"{file.relative_to(ROOT)}: {len(gathered.keys() & {*ours})} of {len(ours)} runs gathered")
 
 
-def scores_table(finals: pd.DataFrame) -> str:
-    """A row a dataset, a column an algorithm: scores, or returns where no reference is known."""
+def scores_tables(finals: pd.DataFrame) -> str:
+    """A table a family, with a row a learner and a column a dataset."""
+    parts = ["Final scores, mean ± standard deviation over training seeds."]
+    for family in sorted({*finals["family"]}, key=lambda name: (name != "offline", name)):
+        parts += family_table(family, finals[finals["family"] == family])
+    return "\n\n".join(parts) if len(parts) > 1 else "No run is recorded yet."
+
+
+def family_table(family: str, finals: pd.DataFrame) -> tuple[str, str]:
+    """A family's heading and table: scores, or returns where no reference is known."""
     cells, lengths = {}, {}
-    for (family, algorithm, dataset, variant), rows in finals.groupby(KEY[:-1]):
-        place = dataset, learner_name(family, algorithm, variant)
+    for (algorithm, dataset, variant), rows in finals.groupby(KEY[1:-1]):
+        place = learner_name(family, algorithm, variant), dataset
         value = show(rows["score"]) if rows["score"].notna().all() else f"return {show(rows['return_mean'])}"
         cells[place] = link(value, Path("..", config_file(family, algorithm, dataset, variant)))
         seeds = f"{len(rows)} seed" + "s" * (len(rows) > 1)
         lengths[place] = seeds, f"{rows['update'].max():,} updates"
-    if not cells:
-        return "No run is recorded yet."
     usual = [mode(column) for column in zip(*lengths.values())]
     for place, length in lengths.items():
         unusual = ", ".join(text for text, often in zip(length, usual) if text != often)
         cells[place] += f" ({unusual})" * bool(unusual)
-    note = f"Final scores, mean ± standard deviation over training seeds ({', '.join(usual)} if not stated)."
-    datasets, learners = (sorted({*names}) for names in zip(*cells))
-    rows = [[escape(name), *(cells.get((name, learner), "") for learner in learners)] for name in datasets]
-    return f"{note}\n\n{markdown(['Dataset', *map(escape, learners)], rows)}"
+    learners, datasets = (sorted({*names}) for names in zip(*cells))
+    rows = [[escape(name), *(cells.get((name, dataset), "") for dataset in datasets)] for name in learners]
+    heading = f"`algorithms/{family}` ({', '.join(usual)} if not stated):"
+    return heading, markdown(["Algorithm", *map(escape, datasets)], rows)
 
 
 def is_learner(text: str) -> bool:
@@ -243,7 +249,7 @@ def pages() -> dict[str, str]:
     """README.md and docs/scores.md with their tables made anew from results/scores and the scripts."""
     finals, texts = read_scores().query("phase == 'final'"), {}
     tables = {"algorithms": algorithms_table(finals), "families": families_table()}
-    tables["scores"] = scores_table(finals)
+    tables["scores"] = scores_tables(finals)
     for file in ("README.md", "docs/scores.md"):
         texts[file] = (ROOT / file).read_text()
         for name, table in tables.items():
