@@ -110,7 +110,8 @@ def write(folder: Path, rows: list[dict]) -> None:
 def make_root(folder: Path) -> Path:
     """A repository that has nothing but what the report reads."""
     (folder / "docs").mkdir(exist_ok=True)
-    (folder / "docs/scores.md").write_text(README)
+    for name in ("scores", "online"):
+        (folder / f"docs/{name}.md").write_text(README)
     shutil.copy(ROOT / "pyproject.toml", folder)
     return folder
 
@@ -557,6 +558,7 @@ def test_offline_then_online(root, record, without_figures):
     assert report.main([]) == 0
     (cells,) = [cells for cells in lines_of(report_md(root), MAZES[0], "finetune iql") if len(cells) == 9]
     assert cells[2:] == ["3", "400", "4,000", "50.0 ± 1.0", "20.0 ± 0.0", "70.0 ± 0.0", "0.40"]
+    assert cells in lines_of((root / "docs/online.md").read_text(), MAZES[0], "finetune iql")
 
 
 def test_long_runs_are_drawn_in_hours_and_returns_where_there_is_no_score(record):
@@ -612,7 +614,8 @@ def test_the_same_files_every_time(root, record):
 def test_check_tells_what_is_stale(root, record, capsys, without_figures):
     record(runs(CLEAR))
     assert report.main(["--check"]) == 1
-    expected = "stale: results/report/report.md, results/report/index.html, docs/scores.md: make report\n"
+    files = "results/report/report.md", "results/report/index.html", "docs/scores.md", "docs/online.md"
+    expected = f"stale: {', '.join(files)}: make report\n"
     assert capsys.readouterr().out == expected
     assert (root / "docs/scores.md").read_text() == README
     assert not (root / "results/report").exists()
@@ -853,12 +856,14 @@ def test_without_scores_or_a_place_in_the_readme_nothing_is_written(root, capsys
     assert report.main([]) == 2
     assert "no scores in" in capsys.readouterr().err
     write(root / "results/scores", runs(CLEAR))
-    for text in (README.replace("<!-- report:begin -->\n", ""), README.replace("<!-- report:end -->", "")):
-        (root / "docs/scores.md").write_text(text)
+    broken = README.replace("<!-- report:begin -->\n", ""), README.replace("<!-- report:end -->", "")
+    for name, text in itertools.product(("online", "scores"), broken):
+        (root / f"docs/{name}.md").write_text(text)
         assert report.main([]) == 2
-        assert re.match(r"report.py: docs/scores.md has no place .*\n$", capsys.readouterr().err)
-        assert (root / "docs/scores.md").read_text() == text
+        assert re.match(rf"report.py: docs/{name}.md has no place .*\n$", capsys.readouterr().err)
+        assert (root / f"docs/{name}.md").read_text() == text
         assert not (root / "results/report").exists()
+        (root / f"docs/{name}.md").write_text(README)
 
 
 def test_no_disk_is_one_line(root, monkeypatch, capsys, without_figures):

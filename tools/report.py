@@ -1,6 +1,6 @@
 """Tables, figures and a page of every recorded score, from results/scores alone: `make report`.
 
-  python tools/report.py                 write results/report/ and the block of docs/scores.md
+  python tools/report.py                 write results/report/ and the blocks of docs/{scores,online}.md
   python tools/report.py --check         only compare: status 1 where one of them is stale
   python tools/report.py --compare A B   did scores move from A to B? Two commits, or two folders of scores
 
@@ -19,13 +19,14 @@ from common import ROOT, UserError, escape, exit_status, markdown, show, write
 from report_figures import draw_figures, save
 from report_page import (
     costs_table,
+    markdown_of,
     online_table,
     page,
     report,
     scores_block,
-    scores_page,
     shorten,
     variants_table,
+    with_block,
 )
 from report_statistics import MIN_SEEDS, Cell, by_suite, compare_suite, difference, gather_cells, read_scores
 
@@ -105,8 +106,10 @@ def make_report(check: bool) -> int:
     costs = costs_table(cells, table.groupby(["family", "algorithm"])["episodes"].sum())
     tables = {"online": online_table(cells), "costs": costs, "variants": variants_table(cells)}
     content = cells, comparisons, tables
-    texts = {folder / "report.md": report(*content), folder / "index.html": page(*content),
-             ROOT / "docs/scores.md": scores_page(scores_block(comparisons))}
+    blocks = {"docs/scores.md": scores_block(comparisons),
+              "docs/online.md": f"{markdown_of(tables['online'])}\n"}
+    texts = {folder / "report.md": report(*content), folder / "index.html": page(*content)}
+    texts |= {ROOT / file: with_block(file, block) for file, block in blocks.items()}
     if check:
         stale = [str(file.relative_to(ROOT)) for file, text in texts.items()
                  if not file.exists() or file.read_text() != text]
@@ -121,7 +124,8 @@ def make_report(check: bool) -> int:
     for file, text in texts.items():
         write(file, text)
     count = len(files) + 2
-    print(f"{folder.relative_to(ROOT)}: {len(cells)} cells, {count} files; docs/scores.md is new too")
+    changed = " and ".join(blocks)
+    print(f"{folder.relative_to(ROOT)}: {len(cells)} cells, {count} files; {changed} are new too")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The report as text: tables, report.md, the block of docs/scores.md, and the page. No program: report.py is.
+"""The report as text: tables, report.md, the blocks of docs/, and the page. No program: report.py is.
 
 Tuning cost is what the record knows: updates, evaluation episodes in the simulator and hours of all runs of
 all variants that became a config. Trials that never became one are not in the record.
@@ -82,7 +82,7 @@ def card_of(cell: Cell) -> str:
 def online_table(cells: list[Cell]) -> pd.DataFrame:
     """Offline, then online: what became of the score after the switch."""
     rows = []
-    for cell in cells:
+    for cell in sorted(cells, key=attrgetter("dataset", "learner")):
         if not cell.goes_online:
             continue
         runs, columns = cell.runs, ["score_at_switch", "lowest_score_after_switch", "score"]
@@ -270,13 +270,13 @@ def report(cells: list[Cell], comparisons: list[Comparison], tables: dict[str, p
         curves="\n\n".join(curves),
         scores="\n\n".join(
             f"### Scores: {escape(suite)}\n\n{cells_table(group)}" for suite, group in suites.items()),
-        **{name: markdown_of(table) if len(table) else "None." for name, table in tables.items()},
+        **{name: markdown_of(table) for name, table in tables.items()},
     )
 
 
 def markdown_of(table: pd.DataFrame) -> str:
     """Of a table whose cells are plain text."""
-    return markdown(table.columns, table.map(escape).to_numpy())
+    return markdown(table.columns, table.map(escape).to_numpy()) if len(table) else "None."
 
 
 def comparison_text(one: Comparison) -> str:
@@ -305,11 +305,11 @@ def picture(name: str, text: str) -> str:
     return f"![{text}]({name}.png) [PDF]({name}.pdf)"
 
 
-def scores_page(block: str) -> str:
-    """docs/scores.md with its block made anew."""
-    before, begin, rest = (ROOT / "docs/scores.md").read_text().partition("<!-- report:begin -->\n")
+def with_block(file: str, block: str) -> str:
+    """A page of docs/ with its block made anew."""
+    before, begin, rest = (ROOT / file).read_text().partition("<!-- report:begin -->\n")
     _, end, after = rest.partition("<!-- report:end -->")
     if not (begin and end):
-        raise UserError("docs/scores.md has no place for the report: a line <!-- report:begin -->, then one "
+        raise UserError(f"{file} has no place for the report: a line <!-- report:begin -->, then one "
                         "<!-- report:end -->")
     return f"{before}{begin}{block}{end}{after}"
