@@ -41,6 +41,7 @@ def make(tmp_path):
         rows = [{"update": update, "actor/loss": 0.5} for update in range(50, 401, 50) if update not in curve]
         for update, value in curve.items():
             rows.append({"update": update, "actor/loss": 0.5, "eval/return_mean": 10 * value})
+            rows[-1]["time/wall_seconds"] = (seed + 1) * 60.0 * update
             if "updates_per_step" in config and update > config["updates"]:
                 rows[-1]["online/steps"] = (update - config["updates"]) // config["updates_per_step"]
             if scored:
@@ -69,10 +70,10 @@ def table(out: str) -> dict[tuple[str, str], list[str]]:
     return {(dataset, learner): rest for dataset, learner, *rest in rows[2:]}
 
 
-def drawn(folder: Path):
+def drawn(folder: Path, time: bool = False):
     """Panels of the picture by dataset: its lines, as (x, y, width), and its axis."""
     with matplotlib.rc_context(plot.STYLE):
-        axes = plot.draw(*plot.find_runs([folder])).axes
+        axes = plot.draw(*plot.find_runs([folder]), time).axes
     panels = {axis.get_title("left").partition("\n")[0]: axis for axis in axes if axis.lines}
     lines = {name: [(*map(np.asarray, line.get_data()), line.get_linewidth()) for line in axis.lines
                     if line.get_marker() != "D"] for name, axis in panels.items()}
@@ -127,6 +128,20 @@ def test_a_diamond_is_the_mean_of_the_final_evaluations(make, tmp_path):
     _, panels = drawn(tmp_path)
     (diamond,) = [line for line in panels[MAZE].lines if line.get_marker() == "D"]
     assert diamond.get_xydata().tolist() == [[400, 6]]
+
+
+def test_against_time(make, run, tmp_path):
+    """Seed 1 takes twice as long; what goes on online has no switch to show."""
+    make("bc", 0, {100: 1.0, 150: 3.0}, score=4.0, wall_seconds=3600.0 * 3)
+    make("bc", 1, {100: 2.0, 150: 5.0}, score=8.0, wall_seconds=3600.0 * 6)
+    make("iql", 0, {100: 2.0}, family="finetune", **ONLINE)
+    lines, panels = drawn(tmp_path, time=True)
+    assert [(list(x), list(y)) for x, y, width in lines[MAZE] if width > 1] == [([2.5, 3.75], [1.5, 4])]
+    (diamond,) = [line for line in panels[MAZE].lines if line.get_marker() == "D"]
+    assert diamond.get_xydata().tolist() == [[4.5, 6]]
+    assert {axis.get_xlabel() for axis in panels.values()} == {"hours of training and evaluation"}
+    assert [list(x) for x, _, width in lines[f"{MAZE}, then online"] if width == 2] == [[100 / 60]]
+    assert run(tmp_path, "--time")[0] == 0
 
 
 @pytest.mark.parametrize(("curve", "status"), [({100: 3.0, 400: 4.0}, "running"), ({}, "finished")])

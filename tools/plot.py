@@ -3,12 +3,14 @@
   python tools/plot.py results/runs                          every run below a folder
   python tools/plot.py RUNS/offline/td3_bc RUNS/offline/bc   or below several
   python tools/plot.py RUNS --output curves.pdf              a .png, .pdf or .svg
+  python tools/plot.py RUNS --time                           against time, which depends on the machine
 
 A panel is a dataset, a line an algorithm or a variant of it: thick the mean over seeds, at the updates at
 which all of them were evaluated; thin every seed; a diamond the mean of the final evaluations. The title of a
 panel says where lines have one seed, where runs had different updates or data, and how many are not finished.
 It shows scores, or returns where a run has no score. Runs that go on online have panels of their own, against
-steps of experience from the switch on; the offline phase is left of it, on a scale of its own.
+steps of experience from the switch on; the offline phase is left of it, on a scale of its own. With --time
+all have minutes or hours of training and evaluation instead.
 
 The table has the final evaluations, mean and standard deviation over seeds. The best on the way was chosen
 with the simulator, which offline learning does not have. A second table tells what became of the score of
@@ -48,10 +50,12 @@ from report_figures import (
     entitle,
     experience,
     label_switch,
+    label_time,
     label_updates,
     note_runs,
     panels,
     save,
+    time_unit,
 )
 
 SUFFIXES = (".png", ".pdf", ".svg")
@@ -90,7 +94,7 @@ def find_runs(folders: Iterable[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def read_run(folder: Path) -> tuple[dict, pd.DataFrame]:
-    """What is known of one run, and its evaluations: update, online_steps, score, return_mean.
+    """What is known of one run, and its evaluations: update, online_steps, wall_seconds, score, return_mean.
 
     `updates` are all of them, `online_steps` of a run the steps that it takes in the end.
     """
@@ -101,15 +105,15 @@ def read_run(folder: Path) -> tuple[dict, pd.DataFrame]:
     run |= {"switch": config["updates"], "online_steps": steps}
     learning = steps - config.get("random_steps", 0) - config.get("warmup_steps", 0)  # these have no updates
     run |= {"updates": config["updates"] + learning * config.get("updates_per_step", 1)}
-    run |= {name: info.get(name) if finished else None for name in FINAL + SWITCH}
-    columns = ["update", "online/steps", "eval/score", "eval/return_mean"]
+    run |= {name: info.get(name) if finished else None for name in [*FINAL, *SWITCH, "wall_seconds"]}
+    columns = ["update", "online/steps", "time/wall_seconds", "eval/score", "eval/return_mean"]
     curve = pd.DataFrame(columns=columns, dtype=float)
     if (folder / "metrics.csv").exists():
         metrics = pd.read_csv(folder / "metrics.csv")
         curve = metrics.reindex(columns=columns).dropna(subset="eval/return_mean")
         curve["online/steps"] = curve["online/steps"].fillna(0.0)
-    return run, curve.rename(columns={name: name.replace("online/", "online_").removeprefix("eval/")
-                                      for name in columns})
+    names = "update", "online_steps", "wall_seconds", "score", "return_mean"
+    return run, curve.set_axis(names, axis=1)
 
 
 # ------------------------------------------------ The table ------------------------------------------------
@@ -177,14 +181,19 @@ def place(runs: pd.DataFrame, curves: pd.DataFrame) -> tuple[pd.DataFrame, pd.Da
     return runs.assign(x=runs["online_steps"]), curves.assign(x=np.array(places, float))
 
 
-def draw(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure:
-    """A panel a dataset, and another one for what goes on online there."""
+def draw(runs: pd.DataFrame, curves: pd.DataFrame, time: bool = False) -> Figure:
+    """A panel a dataset, and another one for what goes on online there; on request against time."""
     learners = sorted({*runs["learner"]})
     look = dict(zip(learners, cycle(LOOKS)))
+    unit, seconds = time_unit(curves["wall_seconds"].max())
     groups = list(runs.groupby(["dataset", runs["online_steps"] > 0]))
     figure, axes = panels(len(groups))
     for axis, ((dataset, online), group) in zip(axes, groups):
-        group, evaluated = place(group, curves[curves["run"].isin(group["run"])])
+        evaluated = curves[curves["run"].isin(group["run"])]
+        if time:
+            group, evaluated = (each.assign(x=each["wall_seconds"] / seconds) for each in (group, evaluated))
+        else:
+            group, evaluated = place(group, evaluated)
         finals = group[group["finished"] & group["return_mean"].notna()]
         scored = evaluated["score"].notna().all() and finals["score"].notna().all()
         column = "score" if scored else "return_mean"
@@ -193,7 +202,9 @@ def draw(runs: pd.DataFrame, curves: pd.DataFrame) -> Figure:
         entitle(axis, f"{dataset}, then online" if online else dataset, describe(group))
         axis.set_ylabel("score" if scored else "return")
         axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        if online:
+        if time:
+            label_time(axis, unit)
+        elif online:
             label_switch(axis, group["online_steps"].max())
         else:
             label_updates(axis)
@@ -212,13 +223,13 @@ def draw_line(axis, members: pd.DataFrame, curves: pd.DataFrame, column: str, lo
     finals = members[members["finished"] & members["return_mean"].notna()]
     if len(finals):
         value = np.mean(finals[column].astype(float))
-        axis.plot(finals["x"].max(), value, "D", color=color, ms=6, mec="white", zorder=3)
+        axis.plot(finals["x"].mean(), value, "D", color=color, ms=6, mec="white", zorder=3)
 
 
 # ----------------------------------------------- Command line -----------------------------------------------
 
 
-def plot(folders: list[Path], output: Path) -> None:
+def plot(folders: list[Path], output: Path, time: bool) -> None:
     if output.suffix not in SUFFIXES:
         raise UserError(f"--output: {output} ends in none of {', '.join(SUFFIXES)}")
     runs, curves = find_runs(folders)
@@ -229,7 +240,7 @@ def plot(folders: list[Path], output: Path) -> None:
     if curves.empty and runs["return_mean"].isna().all():
         raise UserError("no run has been evaluated yet, so there is nothing to draw")
     with matplotlib.rc_context(STYLE):
-        write(output, save(draw(runs, curves), output.suffix.removeprefix(".")))
+        write(output, save(draw(runs, curves, time), output.suffix.removeprefix(".")))
     print(f"\nPicture: {output}")
 
 
@@ -237,8 +248,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="where to look for runs")
     parser.add_argument("--output", type=Path, help="the picture (curves.png in the first folder)")
+    parser.add_argument("--time", action="store_true", help="against time instead of updates")
     options = parser.parse_args(arguments)
-    return exit_status("plot.py", plot, options.folders, options.output or options.folders[0] / "curves.png")
+    output = options.output or options.folders[0] / "curves.png"
+    return exit_status("plot.py", plot, options.folders, output, options.time)
 
 
 if __name__ == "__main__":

@@ -132,6 +132,15 @@ def label_updates(axis) -> None:
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
+def time_unit(longest: float) -> tuple[str, int]:
+    """In what to show times up to so many seconds, and how many seconds that is."""
+    return ("hours", 3600) if longest > 3 * 3600 else ("minutes", 60)
+
+
+def label_time(axis, unit: str) -> None:
+    axis.set(xlabel=f"{unit} of training and evaluation", xlim=(0, None))
+
+
 def label_switch(axis, longest: float) -> None:
     """Steps of experience from 0, the switch; left of it is the offline phase, on a scale of its own."""
     axis.axvline(0, color="#888888", lw=1, ls="--", zorder=0)
@@ -157,7 +166,7 @@ def draw_curves(cells: list[Cell], look: dict, time: bool) -> Figure:
     datasets = {name: list(group) for name, group in itertools.groupby(cells, attrgetter("dataset"))}
     figure, axes = panels(len(datasets))
     longest = max(cell.runs["wall_seconds"].mean() for cell in cells)
-    unit, seconds = ("hours", 3600) if longest > 3 * 3600 else ("minutes", 60)
+    unit, seconds = time_unit(longest)
     for axis, (dataset, group) in zip(axes, datasets.items()):
         scored = all(cell.runs["score"].notna().all() for cell in group)
         column = "score" if scored else "return_mean"
@@ -179,7 +188,7 @@ def draw_curves(cells: list[Cell], look: dict, time: bool) -> Figure:
         axis.set_ylabel("score" if scored else "return")
         axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         if time:
-            axis.set(xlabel=f"{unit} of training and evaluation", xlim=(0, None))
+            label_time(axis, unit)
         elif group[0].goes_online:
             label_switch(axis, longest_steps)
         else:
