@@ -162,6 +162,9 @@ def check_ends(script) -> None:
     assert script.known_ends("Hopper-v5", recorded(hopper, flags)) is script.hopper_ends
     assert script.known_ends("Pendulum-v1", recorded(hopper, flags)) is None
     assert script.known_ends("", recorded(hopper, flags)) is None
+    balls = torch.zeros(2, 4)
+    assert script.known_ends("PointMaze_UMaze-v3", recorded(balls, [0.0, 0.0])) is script.far_ends
+    assert script.known_ends("PointMaze_UMaze-v3", recorded(balls, [0.0, 1.0])) is None  # at its goal
     for name, states, wrong in (
         ("Hopper-v5", hopper, [0.0] * 6),  # other flags
         ("Walker2d-v5", hopper, flags),  # another size

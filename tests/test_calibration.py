@@ -137,7 +137,7 @@ def test_shares_of_rollouts_that_ended_and_halted():
     expected, actual = np.ones((4, 1)), np.array([[0.5], [1.5], [1.9], [3.0]])
     said = calibration.describe(learner, expected, actual, {"data": np.arange(101.0)})
     assert "within the expected deviation: 25%, within two: 75%" in said
-    assert "Rollouts that ended within 7 steps: 37.5%" in said
+    assert "Rollouts that ended within 7 steps: 25.0%" in said
     assert "Rollouts that halted within 7 steps: 12.5%" in said
     assert "| data | 50 | 5 | 50 | 95 |" in said
 

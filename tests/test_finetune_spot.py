@@ -157,7 +157,7 @@ def test_weight_of_the_facts(steps, share):
 @pytest.mark.equation(6, 7)
 def test_an_update_uses_the_weight_of_its_own_number(batch):
     learner = make(density_weight=0.1, updates=2, decay_steps=10, decay_to=0.5, policy_delay=1)
-    told = [learner.update(batch)["actor/weight"].item() for _ in range(9)]
+    told = [learner.update(batch)["actor/lambda"].item() for _ in range(9)]
     assert told == pytest.approx([0.1 * max(0.5, 1 - max(number - 2, 0) / 10) for number in range(1, 10)])
 
 

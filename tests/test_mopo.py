@@ -589,7 +589,7 @@ def test_a_model_that_does_not_fit_is_refused(call, pendulum, tmp_path):
     assert "differs in reward_scale" in refused(other, reward_scale=2.0)
     assert "differs in environment" in refused(other, environment="Pendulum-v1")
     assert "differs in ensemble, model_hidden_dim" in refused(other, ensemble=6, model_hidden_dim=9)
-    assert "cannot read" in refused(other, model_from=tmp_path / "nowhere")
+    assert "there is no model in" in refused(other, model_from=tmp_path / "nowhere")
     checkpoint = torch.load(source / "checkpoint.pt")
     torch.save(checkpoint | {"updates": 0}, source / "checkpoint.pt")
     assert "is not fitted yet" in refused(other)

@@ -128,10 +128,12 @@ def describe(learner, expected: np.ndarray, actual: np.ndarray, doubts: dict[str
     lines = [f"Errors within the expected deviation: {once:.0%}, within two: {twice:.0%} ({normal})"]
     rows, config = learner.rollouts.rows, learner.config
     started = config.rollout_batch * len(learner.rollouts.blocks)
-    for column, verb in {"terminations": "ended", "halted": "halted"}.items():
-        if column in rows:
-            share = float(rows[column].sum()) / started
-            lines.append(f"Rollouts that {verb} within {config.rollout_length} steps: {share:.1%}")
+    counts = {"ended": rows["terminations"].sum()}
+    if "halted" in rows:  # a halt is a termination too
+        counts = {"ended": counts["ended"] - rows["halted"].sum(), "halted": rows["halted"].sum()}
+    for verb, count in counts.items():
+        share = float(count) / started
+        lines.append(f"Rollouts that {verb} within {config.rollout_length} steps: {share:.1%}")
     if doubts:
         marks = (0.05, 0.5, 0.95)
         table = [[name, f"{values.mean():.3g}", *(f"{value:.3g}" for value in np.quantile(values, marks))]

@@ -2,7 +2,7 @@
 
 CQL is SAC with one more term in the critic's loss: (6) lowers a soft maximum of Q over all actions, and
 raises Q of the data's own. After `updates` on the data alone half of every batch is from the environment, in
-which the policy goes on. Q is too low there, so scores dip at first; cal_ql.py is this script with a remedy.
+which the policy goes on. Q is too low there, so scores may dip at first; cal_ql.py is it with a remedy.
 
   (1)  y = r + gamma (1 - d) min_i Q'_i(s', a'),  a' ~ pi(s')                   d: terminated, not truncated
   (2)  L_Q = sum_i mean (Q_i(s, a) - y)^2 + w sum_i G_i
@@ -93,7 +93,7 @@ class Config:
     normalize_rewards: bool = False  # first multiply by 1000 / (largest - smallest episode return)
     reward_scale: float = 1.0  # the learner sees reward_scale * r + reward_shift
     reward_shift: float = 0.0  # see reward_scale
-    environment: Optional[str] = None  # Gymnasium id to evaluate in; null: the dataset's own
+    environment: Optional[str] = None  # Gymnasium id to learn and be evaluated in; null: the dataset's own
     ref_min: Optional[float] = None  # return that scores 0; null: the dataset's own
     ref_max: Optional[float] = None  # return that scores 100; null: the dataset's own
     eval_every: Count = 5000  # updates between evaluations
@@ -280,7 +280,7 @@ def train(config: Config) -> None:
     scale_rewards(episodes, factor, shift, normalize=False)
     scaler = fit_scaler(episodes, environments.single_action_space, config.normalize_states).to(device)
     learner = CQL(config, scaler)
-    if config.start_from:
+    if config.start_from and not Path(run.folder, "checkpoint.pt").exists():  # else it is in there
         take_over(learner, config)
     data = transitions(episodes, scaler)
     known = dataset.storage.metadata
@@ -354,9 +354,9 @@ class OnlineBuffer:
     """The last `size` online transitions in the learner's units: the columns of `data`, on its device."""
 
     def __init__(self, data: dict[str, Tensor], size: int):
-        row = sum(column[0].nbytes for column in data.values())
-        cuda = data["rewards"].device.type == "cuda"
-        free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+        row, device = sum(column[0].nbytes for column in data.values()), data["rewards"].device
+        cuda = device.type == "cuda"
+        free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
         if size * row > free:
             needed = f"{size:,} transitions need {size * row / 1e9:,.1f} GB of memory"
             raise UserError(f"buffer_size: {needed}; {free / 1e9:,.1f} GB are free")
@@ -912,7 +912,7 @@ class Run:
 
     def interrupt(self, *_) -> None:
         """Ctrl-C: the run ends when the update under way is done and saved; a second one ends it at once."""
-        print("\nends after the update under way, which is saved", flush=True)
+        print("\nends after the update under way (online: the episode), which is saved", flush=True)
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -948,7 +948,7 @@ class Run:
             raise Diverged(f"diverged by update {update}: {lost} not finite; lower a learning rate")
         now = time.perf_counter()
         if now - self.printed > 60 and not sys.stderr.isatty():  # there is no progress bar
-            print(f"update {update:,} of {self.config.updates:,}", flush=True)
+            print(f"update {update:,}", flush=True)
             self.printed = now
         if update > self.marked:  # evaluations do not count
             row["time/updates_per_second"] = (update - self.marked) / (now - self.mark)

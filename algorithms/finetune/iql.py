@@ -90,7 +90,7 @@ class Config:
     normalize_rewards: bool = False  # first multiply by 1000 / (largest - smallest episode return)
     reward_scale: float = 1.0  # the learner sees reward_scale * r + reward_shift
     reward_shift: float = 0.0  # see reward_scale
-    environment: Optional[str] = None  # Gymnasium id to evaluate in; null: the dataset's own
+    environment: Optional[str] = None  # Gymnasium id to learn and be evaluated in; null: the dataset's own
     ref_min: Optional[float] = None  # return that scores 0; null: the dataset's own
     ref_max: Optional[float] = None  # return that scores 100; null: the dataset's own
     eval_every: Count = 5000  # updates between evaluations
@@ -107,7 +107,7 @@ class Config:
     output_dir: str = "results/runs"  # where run folders go
 
 
-# ---------------------------------------------- IQL -----------------------------------------------
+# ------------------------------------------- OnlineIQL --------------------------------------------
 
 
 class OnlineIQL:
@@ -276,7 +276,7 @@ def train(config: Config) -> None:
     scale_rewards(episodes, factor, shift, normalize=False)
     scaler = fit_scaler(episodes, environments.single_action_space, config.normalize_states).to(device)
     learner = OnlineIQL(config, scaler)
-    if config.start_from:
+    if config.start_from and not Path(run.folder, "checkpoint.pt").exists():  # else it is in there
         take_over(learner, config)
     data = transitions(episodes, scaler)
     known = dataset.storage.metadata
@@ -351,9 +351,9 @@ class OnlineBuffer:
     """The last `size` online transitions in the learner's units: the columns of `data`, on its device."""
 
     def __init__(self, data: dict[str, Tensor], size: int):
-        row = sum(column[0].nbytes for column in data.values())
-        cuda = data["rewards"].device.type == "cuda"
-        free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+        row, device = sum(column[0].nbytes for column in data.values()), data["rewards"].device
+        cuda = device.type == "cuda"
+        free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
         if size * row > free:
             needed = f"{size:,} transitions need {size * row / 1e9:,.1f} GB of memory"
             raise UserError(f"buffer_size: {needed}; {free / 1e9:,.1f} GB are free")
@@ -909,7 +909,7 @@ class Run:
 
     def interrupt(self, *_) -> None:
         """Ctrl-C: the run ends when the update under way is done and saved; a second one ends it at once."""
-        print("\nends after the update under way, which is saved", flush=True)
+        print("\nends after the update under way (online: the episode), which is saved", flush=True)
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -945,7 +945,7 @@ class Run:
             raise Diverged(f"diverged by update {update}: {lost} not finite; lower a learning rate")
         now = time.perf_counter()
         if now - self.printed > 60 and not sys.stderr.isatty():  # there is no progress bar
-            print(f"update {update:,} of {self.config.updates:,}", flush=True)
+            print(f"update {update:,}", flush=True)
             self.printed = now
         if update > self.marked:  # evaluations do not count
             row["time/updates_per_second"] = (update - self.marked) / (now - self.mark)

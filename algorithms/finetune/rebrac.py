@@ -1,8 +1,8 @@
 """ReBRAC: the minimalist approach, offline and then online (Tarasov et al., 2023, arXiv:2305.09836).
 
 TD3 that is held near the data: by a penalty in the actor's loss, and offline by one in the critic's target
-too. Online the critic's goes at once and the actor's falls to a half of its weight, as half of every batch is
-from the environment by then: the policy may leave what the data show, and does not forget it.
+too. Online the critic's goes at once and the actor's falls to a half, while half of every batch is from the
+environment: the policy may leave what the data show, and does not forget it.
 
   (1)  a' = clip(pi'(s') + clip(eps, -c, c), -1, 1),  eps ~ N(0, sigma^2)     smoothed target action
   (2)  y = r + gamma (1 - d) (min_i Q'_i(s', a') - beta_2 |a' - b|^2)         b: the data's action in s'
@@ -95,7 +95,7 @@ class Config:
     normalize_rewards: bool = False  # first multiply by 1000 / (largest - smallest episode return)
     reward_scale: float = 1.0  # the learner sees reward_scale * r + reward_shift
     reward_shift: float = 0.0  # see reward_scale
-    environment: Optional[str] = None  # Gymnasium id to evaluate in; null: the dataset's own
+    environment: Optional[str] = None  # Gymnasium id to learn and be evaluated in; null: the dataset's own
     ref_min: Optional[float] = None  # return that scores 0; null: the dataset's own
     ref_max: Optional[float] = None  # return that scores 100; null: the dataset's own
     eval_every: Count = 5000  # updates between evaluations
@@ -284,7 +284,7 @@ def train(config: Config) -> None:
     scale_rewards(episodes, factor, shift, normalize=False)
     scaler = fit_scaler(episodes, environments.single_action_space, config.normalize_states).to(device)
     learner = OnlineReBRAC(config, scaler)
-    if config.start_from:
+    if config.start_from and not Path(run.folder, "checkpoint.pt").exists():  # else it is in there
         take_over(learner, config)
     columns = transitions(episodes, scaler)
     data = columns | next_actions(episodes, scaler)
@@ -359,9 +359,9 @@ class OnlineBuffer:
     """The last `size` online transitions in the learner's units: the columns of `data`, on its device."""
 
     def __init__(self, data: dict[str, Tensor], size: int):
-        row = sum(column[0].nbytes for column in data.values())
-        cuda = data["rewards"].device.type == "cuda"
-        free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+        row, device = sum(column[0].nbytes for column in data.values()), data["rewards"].device
+        cuda = device.type == "cuda"
+        free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
         if size * row > free:
             needed = f"{size:,} transitions need {size * row / 1e9:,.1f} GB of memory"
             raise UserError(f"buffer_size: {needed}; {free / 1e9:,.1f} GB are free")
@@ -917,7 +917,7 @@ class Run:
 
     def interrupt(self, *_) -> None:
         """Ctrl-C: the run ends when the update under way is done and saved; a second one ends it at once."""
-        print("\nends after the update under way, which is saved", flush=True)
+        print("\nends after the update under way (online: the episode), which is saved", flush=True)
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -953,7 +953,7 @@ class Run:
             raise Diverged(f"diverged by update {update}: {lost} not finite; lower a learning rate")
         now = time.perf_counter()
         if now - self.printed > 60 and not sys.stderr.isatty():  # there is no progress bar
-            print(f"update {update:,} of {self.config.updates:,}", flush=True)
+            print(f"update {update:,}", flush=True)
             self.printed = now
         if update > self.marked:  # evaluations do not count
             row["time/updates_per_second"] = (update - self.marked) / (now - self.mark)

@@ -13,7 +13,7 @@ at: SAC from scratch, the baseline of this folder's scripts.
   (5)  Q' <- Q' + tau (Q - Q')
 
 Differences from the paper: critics are normalised after the ReLU, not before it; log deviations end at -5 and
-2; first weights are torch's own; updates begin after random_steps random steps, which count as online ones.
+2; first weights are torch's own; (4) has log alpha, where the authors' code has alpha.
 
   python algorithms/finetune/rlpd.py --config_path configs/finetune/rlpd/reef/pointmaze/umaze-v0.yaml
 """
@@ -73,7 +73,7 @@ class Config:
     updates: int = 0  # gradient updates on the data alone: RLPD makes none
     online_steps: Count = 1_000_000  # steps in the environment after these
     random_steps: Count = 5_000  # uniformly random ones among them, before the first update
-    updates_per_step: Count = 20  # gradient updates of the critics after each of these steps
+    updates_per_step: Count = 20  # gradient updates of the critics after each of the later steps
     online_fraction: Share = 0.5  # of a batch from the environment, then; the rest is from the data
     buffer_size: Count = 2_000_000  # transitions of the environment that are kept
     start_from: Optional[str] = None  # folder of a finished run of this algorithm, for the first `updates`
@@ -91,7 +91,7 @@ class Config:
     normalize_rewards: bool = False  # first multiply by 1000 / (largest - smallest episode return)
     reward_scale: float = 1.0  # the learner sees reward_scale * r + reward_shift
     reward_shift: float = 0.0  # see reward_scale
-    environment: Optional[str] = None  # Gymnasium id to evaluate in; null: the dataset's own
+    environment: Optional[str] = None  # Gymnasium id to learn and be evaluated in; null: the dataset's own
     ref_min: Optional[float] = None  # return that scores 0; null: the dataset's own
     ref_max: Optional[float] = None  # return that scores 100; null: the dataset's own
     eval_every: Count = 5000  # updates between evaluations
@@ -281,7 +281,7 @@ def train(config: Config) -> None:
     scale_rewards(episodes, factor, shift, normalize=False)
     scaler = fit_scaler(episodes, environments.single_action_space, config.normalize_states).to(device)
     learner = RLPD(config, scaler)
-    if config.start_from:
+    if config.start_from and not Path(run.folder, "checkpoint.pt").exists():  # else it is in there
         take_over(learner, config)
     data = transitions(episodes, scaler)
     known = dataset.storage.metadata
@@ -359,9 +359,9 @@ class OnlineBuffer:
     """The last `size` online transitions in the learner's units: the columns of `data`, on its device."""
 
     def __init__(self, data: dict[str, Tensor], size: int):
-        row = sum(column[0].nbytes for column in data.values())
-        cuda = data["rewards"].device.type == "cuda"
-        free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+        row, device = sum(column[0].nbytes for column in data.values()), data["rewards"].device
+        cuda = device.type == "cuda"
+        free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
         if size * row > free:
             needed = f"{size:,} transitions need {size * row / 1e9:,.1f} GB of memory"
             raise UserError(f"buffer_size: {needed}; {free / 1e9:,.1f} GB are free")
@@ -917,7 +917,7 @@ class Run:
 
     def interrupt(self, *_) -> None:
         """Ctrl-C: the run ends when the update under way is done and saved; a second one ends it at once."""
-        print("\nends after the update under way, which is saved", flush=True)
+        print("\nends after the update under way (online: the episode), which is saved", flush=True)
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -953,7 +953,7 @@ class Run:
             raise Diverged(f"diverged by update {update}: {lost} not finite; lower a learning rate")
         now = time.perf_counter()
         if now - self.printed > 60 and not sys.stderr.isatty():  # there is no progress bar
-            print(f"update {update:,} of {self.config.updates:,}", flush=True)
+            print(f"update {update:,}", flush=True)
             self.printed = now
         if update > self.marked:  # evaluations do not count
             row["time/updates_per_second"] = (update - self.marked) / (now - self.mark)

@@ -1,8 +1,7 @@
 """SPOT: supported policy optimization, offline and then online (Wu et al., 2022, arXiv:2202.06239).
 
-TD3 whose actor pays for actions of low density in the data: first a variational auto-encoder learns these
-actions, and the bound on its log density is a penalty that needs no samples and no second policy. Online the
-penalty's weight falls, so that what holds the policy to the data is let go slowly.
+TD3 whose actor pays for actions of low density in the data, by the bound of a variational auto-encoder that
+has learned these first. Online the penalty's weight falls, and lets go of the policy slowly.
 
   (1)  E(s, a) = |D(s, z) - a|^2 / |A| + w mean (mu^2 + sigma^2 - 1 - log sigma^2) / 2    z ~ N(mu, sigma^2)
   (2)  L_VAE = mean E(s, a)                           the first vae_updates, alone; then it stays as it is
@@ -13,9 +12,9 @@ penalty's weight falls, so that what holds the policy to the data is let go slow
   (7)  online: max(decay_to, 1 - steps / decay_steps) lambda for lambda
   (8)  theta' <- theta' + tau (theta - theta')                                both targets, after (6)
 
-Differences from the paper: half of an online batch is from each side, where the authors draw from all steps
-alike; the discount is one for both phases (they raise it online in large mazes); the target actor drops no
-units; first weights are torch's own; an episode cut by a time limit keeps its last transition.
+Differences from the paper: online batches are half from each side, not from all steps alike; one discount
+(theirs rises online in large mazes); the target actor drops no units; optimisers begin anew at the switch, as
+in CORL; the auto-encoder has the first of `updates`, not others before them; first weights are torch's own.
 
   python algorithms/finetune/spot.py --config_path configs/finetune/spot/reef/pointmaze/umaze-v0.yaml
 """
@@ -73,12 +72,12 @@ class Config:
     seed: int = 0  # of networks, batches, noise and evaluations
     variant: str = "default"  # names these settings in the run's folder and in the tables
     updates: Count = 1_000_000  # gradient updates on the data alone
-    vae_updates: int = 100_000  # the first of them, in which the auto-encoder alone learns
     online_steps: Count = 1_000_000  # steps in the environment after these
     updates_per_step: Count = 1  # gradient updates after each of these steps
     online_fraction: Share = 0.5  # of a batch from the environment, then; the rest is from the data
     buffer_size: Count = 2_000_000  # transitions of the environment that are kept
     start_from: Optional[str] = None  # folder of a finished run of this algorithm, for the first `updates`
+    vae_updates: int = 100_000  # the first of `updates`, in which the auto-encoder alone learns
     batch_size: Count = 256  # transitions in an update
     discount: Share = 0.99  # gamma
     tau: Share = 0.005  # rate of the target networks
@@ -101,7 +100,7 @@ class Config:
     normalize_rewards: bool = False  # first multiply by 1000 / (largest - smallest episode return)
     reward_scale: float = 1.0  # the learner sees reward_scale * r + reward_shift
     reward_shift: float = 0.0  # see reward_scale
-    environment: Optional[str] = None  # Gymnasium id to evaluate in; null: the dataset's own
+    environment: Optional[str] = None  # Gymnasium id to learn and be evaluated in; null: the dataset's own
     ref_min: Optional[float] = None  # return that scores 0; null: the dataset's own
     ref_max: Optional[float] = None  # return that scores 100; null: the dataset's own
     eval_every: Count = 5000  # updates between evaluations
@@ -137,7 +136,7 @@ class SPOT:
         self.metrics = {}  # of the latest update, and of the actor's latest
 
     def renew_optimizers(self) -> None:
-        """Of actor and critic: what they gathered offline is dropped at the switch, as by the authors."""
+        """Of actor and critic: what they gathered offline is dropped at the switch, as in CORL."""
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), self.config.actor_lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), self.config.critic_lr, fused=True)
 
@@ -149,9 +148,7 @@ class SPOT:
         self.metrics |= self.learn(batch, True, self.updates % self.config.policy_delay == 0, weight)
         return self.metrics
 
-    def learn(
-        self, batch: dict[str, Tensor], has_vae: bool, moves_actor: bool, weight: Tensor
-    ) -> dict[str, Tensor]:
+    def learn(self, batch: dict[str, Tensor], has_vae: bool, moves_actor: bool, weight: Tensor) -> dict:
         """Every step of an update; on a GPU one CUDA graph: what `updates` decides comes as an argument."""
         if not has_vae:
             loss, metrics = self.vae_loss(batch)
@@ -194,7 +191,7 @@ class SPOT:
         q = self.critic(batch["observations"], actions, members=1)[0]  # [B]
         bound = self.bound(batch["observations"], actions).mean()
         loss = -q.mean() / q.detach().abs().mean() + weight * bound  # (6)
-        return loss, {"actor/loss": loss.detach(), "actor/bound": bound.detach(), "actor/weight": weight}
+        return loss, {"actor/loss": loss.detach(), "actor/bound": bound.detach(), "actor/lambda": weight}
 
     def annealed_weight(self) -> Tensor:
         """lambda of this update: a tensor, as compiled code would hold on to a number."""
@@ -316,7 +313,7 @@ def train(config: Config) -> None:
     scale_rewards(episodes, factor, shift, normalize=False)
     scaler = fit_scaler(episodes, environments.single_action_space, config.normalize_states).to(device)
     learner = SPOT(config, scaler)
-    if config.start_from:
+    if config.start_from and not Path(run.folder, "checkpoint.pt").exists():  # else it is in there
         take_over(learner, config)
     data = transitions(episodes, scaler)
     known = dataset.storage.metadata
@@ -326,6 +323,8 @@ def train(config: Config) -> None:
     buffer = OnlineBuffer(data, min(config.buffer_size, config.online_steps))
     learner.explorer, learner.buffer = explorer, buffer  # parts of the checkpoint
     last = config.updates + config.online_steps * config.updates_per_step
+    if config.vae_updates >= config.updates:
+        raise UserError("vae_updates: there have to be fewer of them than updates")
     compiled = config.compile and compile_methods(learner, "vae_loss", "critic_loss", "actor_loss")
     with run.start(learner, dataset_hash=dataset_hash, compiled=compiled, **provenance(device)):
         batches = draw_batches(data, config.batch_size, config.seed, learner.updates)
@@ -392,9 +391,9 @@ class OnlineBuffer:
     """The last `size` online transitions in the learner's units: the columns of `data`, on its device."""
 
     def __init__(self, data: dict[str, Tensor], size: int):
-        row = sum(column[0].nbytes for column in data.values())
-        cuda = data["rewards"].device.type == "cuda"
-        free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+        row, device = sum(column[0].nbytes for column in data.values()), data["rewards"].device
+        cuda = device.type == "cuda"
+        free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
         if size * row > free:
             needed = f"{size:,} transitions need {size * row / 1e9:,.1f} GB of memory"
             raise UserError(f"buffer_size: {needed}; {free / 1e9:,.1f} GB are free")
@@ -950,7 +949,7 @@ class Run:
 
     def interrupt(self, *_) -> None:
         """Ctrl-C: the run ends when the update under way is done and saved; a second one ends it at once."""
-        print("\nends after the update under way, which is saved", flush=True)
+        print("\nends after the update under way (online: the episode), which is saved", flush=True)
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -986,7 +985,7 @@ class Run:
             raise Diverged(f"diverged by update {update}: {lost} not finite; lower a learning rate")
         now = time.perf_counter()
         if now - self.printed > 60 and not sys.stderr.isatty():  # there is no progress bar
-            print(f"update {update:,} of {self.config.updates:,}", flush=True)
+            print(f"update {update:,}", flush=True)
             self.printed = now
         if update > self.marked:  # evaluations do not count
             row["time/updates_per_second"] = (update - self.marked) / (now - self.mark)

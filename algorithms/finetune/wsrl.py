@@ -13,7 +13,8 @@ forgets its pessimism, the policy first fills a new buffer, as it is. Then it is
   (8)  V(s_t) = sum_k gamma^k r_(t+k)                                           to the end of the episode
 
 Differences from the paper: (1) has one a' in mazes too; (7) is of all members, without multiplier; (4) sees a
-step's last batch; layers are normalised after the ReLU, the actor's not; log deviations end at -5 and 2.
+step's last batch; layers are normalised after the ReLU, the actor's not; log deviations end at -5 and 2;
+locomotion begins with Cal-QL too; Z has no member twice; V of equal negative rewards is as in cal_ql.py.
 
   python algorithms/finetune/wsrl.py --config_path configs/finetune/wsrl/reef/pointmaze/umaze-v0.yaml
 """
@@ -91,7 +92,7 @@ class Config:
     normalize_rewards: bool = False  # first multiply by 1000 / (largest - smallest episode return)
     reward_scale: float = 1.0  # the learner sees reward_scale * r + reward_shift
     reward_shift: float = 0.0  # see reward_scale
-    environment: Optional[str] = None  # Gymnasium id to evaluate in; null: the dataset's own
+    environment: Optional[str] = None  # Gymnasium id to learn and be evaluated in; null: the dataset's own
     ref_min: Optional[float] = None  # return that scores 0; null: the dataset's own
     ref_max: Optional[float] = None  # return that scores 100; null: the dataset's own
     eval_every: Count = 5000  # updates between evaluations
@@ -311,7 +312,7 @@ def train(config: Config) -> None:
     scale_rewards(episodes, factor, shift, normalize=False)
     scaler = fit_scaler(episodes, environments.single_action_space, config.normalize_states).to(device)
     learner = WSRL(config, scaler)
-    if config.start_from:
+    if config.start_from and not Path(run.folder, "checkpoint.pt").exists():  # else it is in there
         take_over(learner, config)
     columns = transitions(episodes, scaler)
     values = [returns_to_go(e["rewards"], e["terminations"][-1] == 1, config.discount) for e in episodes]
@@ -391,9 +392,9 @@ class OnlineBuffer:
     """The last `size` online transitions in the learner's units: the columns of `data`, on its device."""
 
     def __init__(self, data: dict[str, Tensor], size: int):
-        row = sum(column[0].nbytes for column in data.values())
-        cuda = data["rewards"].device.type == "cuda"
-        free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+        row, device = sum(column[0].nbytes for column in data.values()), data["rewards"].device
+        cuda = device.type == "cuda"
+        free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
         if size * row > free:
             needed = f"{size:,} transitions need {size * row / 1e9:,.1f} GB of memory"
             raise UserError(f"buffer_size: {needed}; {free / 1e9:,.1f} GB are free")
@@ -941,7 +942,7 @@ class Run:
 
     def interrupt(self, *_) -> None:
         """Ctrl-C: the run ends when the update under way is done and saved; a second one ends it at once."""
-        print("\nends after the update under way, which is saved", flush=True)
+        print("\nends after the update under way (online: the episode), which is saved", flush=True)
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -977,7 +978,7 @@ class Run:
             raise Diverged(f"diverged by update {update}: {lost} not finite; lower a learning rate")
         now = time.perf_counter()
         if now - self.printed > 60 and not sys.stderr.isatty():  # there is no progress bar
-            print(f"update {update:,} of {self.config.updates:,}", flush=True)
+            print(f"update {update:,}", flush=True)
             self.printed = now
         if update > self.marked:  # evaluations do not count
             row["time/updates_per_second"] = (update - self.marked) / (now - self.mark)

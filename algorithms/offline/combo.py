@@ -16,7 +16,8 @@ to say how uncertain the model is: what it imagines is trusted less than what wa
   (9)  Q' <- Q' + tau (Q - Q')
 
 Differences from the paper: (6) takes CQL's soft maximum over N actions each of a uniform p, pi(s) and pi(s');
-10,000 rollouts at a time, not 50,000.
+10,000 rollouts at a time, not 50,000; where no rule of an environment's ends is known, a classifier learns
+them; the fit waits 2,000 batches.
 Differences from published codes: the soft maximum is over all 3 N actions, where one had rows of 3, and in
 imagined states alone, where it took real ones too; gradients go through it, where one let none pass; an
 imagined Hopper falls at any bound; the actor steps after the critic, by a step size that stays.
@@ -343,8 +344,8 @@ class DynamicsEnsemble(nn.Module):
 def fit_model(learner, data: dict[str, Tensor]) -> Iterator[float]:
     """The model's fit, one epoch after another, until in five (and 2,000 batches) no member got 1 % better.
 
-    After each epoch all that it has come to is in the learner: a resumed run goes on with the next. The rows
-    of an epoch follow from the seed and its number. In the end every member has its best layers again.
+    It yields the held-out error of each; then all is in the learner: a resumed run goes on with the next. The
+    rows of an epoch follow from the seed and its number. In the end every member has its best layers again.
     """
     model, config, device = learner.model, learner.config, learner.model.mean.device
     held_out, rest = split_rows(len(data["rewards"]))
@@ -585,26 +586,26 @@ def split_rows(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def take_model(learner, folder: str, dataset_hash: str) -> None:
     """The fitted model of another run, if it has seen the same data in the same units."""
-    info, checkpoint = (read_saved(Path(folder, name)) for name in ("run.json", "checkpoint.pt"))
+    if not Path(folder, "checkpoint.pt").exists():
+        raise UserError(f"model_from: there is no model in {folder}; leave it out to fit one")
+    info, saved = (read_saved(Path(folder, name)) for name in ("run.json", "checkpoint.pt"))
     theirs = info["config"] | {"dataset": info.get("dataset_hash")}
     ours = dataclasses.asdict(learner.config) | {"dataset": dataset_hash}
     fields = ["dataset", "environment", "reward_scale", "reward_shift", "normalize_rewards"]  # units
     fields += ["ensemble", "elites", "model_hidden_dim"]
     changed = [name for name in fields if theirs.get(name) != ours[name]]
-    if changed or checkpoint["updates"] == 0:
+    if changed or saved["updates"] == 0:
         problem = f"differs in {', '.join(changed)}" if changed else "is not fitted yet"
         raise UserError(f"model_from: the model of {folder} {problem}; leave it out to fit one")
-    parts = {name: checkpoint["state"][name] for name in ("model", "best_layers")}
-    restore(learner, {"state": parts, "updates": 0})
+    restore(learner, {"state": {key: saved["state"][key] for key in ("model", "best_layers")}, "updates": 0})
     learner.model.epoch.fill_(learner.config.model_epochs)  # nothing is left to fit
 
 
 @torch.no_grad()
 def model_errors(model: DynamicsEnsemble, data: dict[str, Tensor]) -> dict[str, list[float]]:
     """Squared errors of the elites' mean, by dimension and of the reward, 1 to 5 steps from held-out rows."""
-    first, found = split_rows(len(data["rewards"]))[0], {}
+    first, found, unbroken = split_rows(len(data["rewards"]))[0], {}, True
     state = last = data["observations"][first]  # [H, obs_dim]
-    unbroken = torch.ones_like(state[:, 0], dtype=torch.bool)
     for step in range(5):
         row = {name: column[(first + step) % len(column)] for name, column in data.items()}
         unbroken &= (row["observations"] == last).all(1)  # no row leads from one episode to another
@@ -620,10 +621,10 @@ def known_ends(name: str, data: dict[str, Tensor]) -> Callable | None:
     """The rule by which states [B, obs_dim] end an episode of this environment; None where none is known."""
     rules = {"Hopper-": ([11], hopper_ends), "Walker2d-": ([17], walker2d_ends)}
     rules |= {"HalfCheetah-": ([17], far_ends), "PointMaze_": ([4, 8], far_ends)}
+    recorded = data["terminations"] > 0
     for prefix, (sizes, rule) in rules.items():
-        if name.startswith(prefix):
-            recorded, found = data["terminations"] > 0, rule(data["next_observations"])
-            fits = data["observations"].shape[1] in sizes
+        if name.startswith(prefix) and not (prefix == "PointMaze_" and recorded.any()):  # at its goal
+            found, fits = rule(data["next_observations"]), data["observations"].shape[1] in sizes
             if not fits or (recorded != found).sum() > 0.01 * (recorded | found).sum():
                 raise UserError(f"the data do not end as episodes of {name} do: name another --environment")
             print(f"imagined episodes end by the rule of {name}")
@@ -960,7 +961,7 @@ class Run:
 
     def interrupt(self, *_) -> None:
         """Ctrl-C: the run ends when the update under way is done and saved; a second one ends it at once."""
-        print("\nends after the update under way, which is saved", flush=True)
+        print("\nends after the update under way (online: the episode), which is saved", flush=True)
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -996,7 +997,7 @@ class Run:
             raise Diverged(f"diverged by update {update}: {lost} not finite; lower a learning rate")
         now = time.perf_counter()
         if now - self.printed > 60 and not sys.stderr.isatty():  # there is no progress bar
-            print(f"update {update:,} of {self.config.updates:,}", flush=True)
+            print(f"update {update:,}", flush=True)
             self.printed = now
         if update > self.marked:  # evaluations do not count
             row["time/updates_per_second"] = (update - self.marked) / (now - self.mark)

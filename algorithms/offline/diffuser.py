@@ -19,13 +19,13 @@ its gradient leads the plans on their way out of the noise, and it picks the bes
        tau^{i-1} = m + sqrt(v_i) z,  z ~ N(0, 1), s_t as it is
   (9)  pi executes the first K actions of the one of N plans tau^0 with the greatest J_phi'(tau^0, 1)
 
-Differences from the paper: for one core levels of 32 and 64 channels (and 128, 256), batches of 32 (64), N is
-4 (64), and in the configs for it K is above 1 and updates are fewer. Further, (7) climbs tau^i, for which J
-was trained, as the authors' code does (m); J is the way down of the U-Net and one hidden layer, trained as
-long as tau_theta (a fifth) on standardised returns, so that one c serves all data (.1, .001 or .0001 of raw
-ones); gamma is .997 (.99, but .997 where the authors plan); theta' moves from the first update on (2000th);
-beyond an episode stands its last step (zeros); (9) asks about tau^0 (tau^1); actions are scaled by their
-bounds (deviations), and cut to them; J finds a maze's goal (the last state); the score is the last weights'.
+Differences from the paper: for one core levels of 32 and 64 channels (and 128, 256), batch 32 (64), N 4 (64),
+K above 1, fewer updates, a walker's H 8 (32; HalfCheetah's 4), a maze's 32 with T 20 (128 to 384, 64 to 256).
+(7) climbs tau^i, for which J was trained, as in the authors' code (m); J is the way down of the U-Net and one
+hidden layer, trained as long as tau_theta (a fifth) on standardised returns, so that one c serves all data
+(.1 to .0001 of raw ones); gamma is .997 (.99, planning .997); theta' moves from the first update on (2000th);
+beyond an episode is its last step (zeros); (9) asks about tau^0 (tau^1); actions are scaled by their bounds
+(deviations), and cut to them; J finds a maze's goal (the last state); the score is the last weights'.
 
   python algorithms/offline/diffuser.py --config_path configs/offline/diffuser/reef/pointmaze/umaze-v0.yaml
 """
@@ -817,7 +817,7 @@ class Run:
 
     def interrupt(self, *_) -> None:
         """Ctrl-C: the run ends when the update under way is done and saved; a second one ends it at once."""
-        print("\nends after the update under way, which is saved", flush=True)
+        print("\nends after the update under way (online: the episode), which is saved", flush=True)
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -853,7 +853,7 @@ class Run:
             raise Diverged(f"diverged by update {update}: {lost} not finite; lower a learning rate")
         now = time.perf_counter()
         if now - self.printed > 60 and not sys.stderr.isatty():  # there is no progress bar
-            print(f"update {update:,} of {self.config.updates:,}", flush=True)
+            print(f"update {update:,}", flush=True)
             self.printed = now
         if update > self.marked:  # evaluations do not count
             row["time/updates_per_second"] = (update - self.marked) / (now - self.mark)

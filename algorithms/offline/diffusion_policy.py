@@ -10,7 +10,8 @@ later the next plan is made from what is seen by then. No values, and rewards ar
        O = o_{t-To+1}, ..., o_t,  A = a_{t-To+1}, ..., a_{t-To+Tp}           beyond an episode its ends
   (3)  L = mean (eps - eps_theta(O, x_k, k))^2                               over batch and entries
   (4)  theta' <- d theta' + (1 - d) theta,  d = min(1 - (1 + s)^-0.75, 0.9999)  in update s = 0, 1, ...
-  (5)  x = clip((x_k - sqrt(1 - abar_k) eps_theta') / sqrt(abar_k), -1, 1)    from x_T ~ N(0, 1) on
+  (5)  x = clip((x_k - sqrt(1 - abar_k) eps_theta') / sqrt(abar_k), -1, 1)    k: 1 + n act_stride, from the
+                                                                             last <= T, there x_k ~ N(0, 1)
        e = (x_k - sqrt(abar_k) x) / sqrt(1 - abar_k)
   (6)  v = eta^2 (1 - abar_j) (1 - abar_k / abar_j) / (1 - abar_k)           j: the next k, at last 0
        x_j = sqrt(abar_j) x + sqrt(1 - abar_j - v) e + sqrt(v) z,  z ~ N(0, 1)
@@ -694,7 +695,7 @@ class Run:
 
     def interrupt(self, *_) -> None:
         """Ctrl-C: the run ends when the update under way is done and saved; a second one ends it at once."""
-        print("\nends after the update under way, which is saved", flush=True)
+        print("\nends after the update under way (online: the episode), which is saved", flush=True)
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -730,7 +731,7 @@ class Run:
             raise Diverged(f"diverged by update {update}: {lost} not finite; lower a learning rate")
         now = time.perf_counter()
         if now - self.printed > 60 and not sys.stderr.isatty():  # there is no progress bar
-            print(f"update {update:,} of {self.config.updates:,}", flush=True)
+            print(f"update {update:,}", flush=True)
             self.printed = now
         if update > self.marked:  # evaluations do not count
             row["time/updates_per_second"] = (update - self.marked) / (now - self.mark)

@@ -695,7 +695,7 @@ class Run:
 
     def interrupt(self, *_) -> None:
         """Ctrl-C: the run ends when the update under way is done and saved; a second one ends it at once."""
-        print("\nends after the update under way, which is saved", flush=True)
+        print("\nends after the update under way (online: the episode), which is saved", flush=True)
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -731,7 +731,7 @@ class Run:
             raise Diverged(f"diverged by update {update}: {lost} not finite; lower a learning rate")
         now = time.perf_counter()
         if now - self.printed > 60 and not sys.stderr.isatty():  # there is no progress bar
-            print(f"update {update:,} of {self.config.updates:,}", flush=True)
+            print(f"update {update:,}", flush=True)
             self.printed = now
         if update > self.marked:  # evaluations do not count
             row["time/updates_per_second"] = (update - self.marked) / (now - self.mark)

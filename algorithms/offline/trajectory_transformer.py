@@ -7,7 +7,7 @@ such as the data have, and what follows from them. The plan that promises most i
   (1)  V_t = r_{t+1} + gamma r_{t+2} + ... to the episode's end             a return that begins one step on
   (2)  x = s_1, a_1, r_1, V_1, s_2, ...                                     K steps, a token for each number
   (3)  token of y = how many of its kind's quantiles 1 / N, ..., (N - 1) / N are at most y
-  (4)  p(x_i | x_1, ..., x_{i-1}) = softmax(W h(x_1, ..., x_{i-1}))         h sees all of them but V's
+  (4)  p(x_i | x_1, ..., x_{i-1}) = softmax(W h(x_1, ..., x_{i-1}))         V's tell but the number after them
   (5)  L = mean w_i (-log p(x_i | x_1, ..., x_{i-1}))                       w: action_weight for a's, else 1
   (6)  step size = actor_lr max(0.1, (1 + cos(pi u)) / 2)                   u: 0 when warm, 1 at the end
   (7)  E[y] = p(1) y_1 + ... + p(N) y_N                                     y_n: mean of the data in bin n
@@ -247,7 +247,7 @@ class Bins(nn.Module):
         self.register_buffer("means", torch.zeros(kinds, bins))
 
     def fit(self, numbers: Tensor) -> None:
-        """To the data [steps, D]; a bin that has none of them has the mean of an end of it."""
+        """To the data [steps, D]; a bin that none of them is in stands for its upper end."""
         (kinds, bins), columns = self.means.shape, numbers.cpu().numpy()
         edges = np.quantile(columns, np.arange(1, bins) / bins, axis=0).T
         self.edges.copy_(torch.as_tensor(edges))
@@ -836,7 +836,7 @@ class Run:
 
     def interrupt(self, *_) -> None:
         """Ctrl-C: the run ends when the update under way is done and saved; a second one ends it at once."""
-        print("\nends after the update under way, which is saved", flush=True)
+        print("\nends after the update under way (online: the episode), which is saved", flush=True)
         self.interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -872,7 +872,7 @@ class Run:
             raise Diverged(f"diverged by update {update}: {lost} not finite; lower a learning rate")
         now = time.perf_counter()
         if now - self.printed > 60 and not sys.stderr.isatty():  # there is no progress bar
-            print(f"update {update:,} of {self.config.updates:,}", flush=True)
+            print(f"update {update:,}", flush=True)
             self.printed = now
         if update > self.marked:  # evaluations do not count
             row["time/updates_per_second"] = (update - self.marked) / (now - self.mark)
