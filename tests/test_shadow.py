@@ -393,7 +393,7 @@ def test_from_the_log_to_the_handover_in_steps_as_at_once(call, tmp_path):
     assert len(table) > len(watched) + 25
     rules = ["supported: canary", *["not worse: next share"] * 3, "enough new data: hand over"]
     assert table["rule"].dropna().tolist() == rules
-    assert f"to learn anew: python algorithms/offline/iql.py --dataset {TARGET}" in out
+    assert f"to learn anew: python algorithms/discrete/iql.py --dataset {TARGET}" in out
     assert f"episode {len(table)}: enough new data: hand over (share 1 -> 1)" in out
 
     together = minari.load_dataset(TARGET)
@@ -532,6 +532,8 @@ def test_next_command(log):
     dataset = minari.load_dataset(LOG)
     config = script.Config(policy="results/runs/discrete/cql/x/default/seed-0", handover="a/b-v0")
     assert script.next_command(config, dataset) == "python algorithms/discrete/cql.py --dataset a/b-v0"
+    config = script.Config(policy="uniform", handover="a/b-v0")
+    assert script.next_command(config, dataset) == "python algorithms/discrete/iql.py --dataset a/b-v0"
 
 
 # -------------------------------------------- against the truth --------------------------------------------

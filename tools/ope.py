@@ -193,7 +193,7 @@ def find_worst() -> np.ndarray:
 
 
 def candidates() -> dict[str, np.ndarray]:
-    """Twelve policies [716, 25]: two known ones, steps from one to the best and the worst, three learned."""
+    """Twelve policies [716, 25]: two known ones, steps from one to the best and the worst, four learned."""
     doctors = sepsis.policy_table("clinician")
     found = {"clinician": doctors, "uniform": sepsis.policy_table("random")}
     for name, end in (("optimum", sepsis.policy_table("optimum")), ("worst", find_worst())):

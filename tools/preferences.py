@@ -63,8 +63,12 @@ def read_runs(folder: Path) -> pd.DataFrame:
     """A row for each run below `folder` and each of its evaluations."""
     score, rows = load_judge(), []
     for record in sorted(folder.rglob("run.json")):
-        config = read_record(record.parent)["config"]
-        known = {name: config[name] for name in ("variant", "seed", "loss", "beta")}
+        try:
+            config = read_record(record.parent)["config"]
+            known = {name: config[name] for name in ("variant", "seed", "loss", "beta")}
+        except DAMAGED as error:  # or it is of another script
+            print(f"skipped {record.parent}: {error!r:.100}", file=sys.stderr)
+            continue
         metrics = pd.read_csv(record.parent / "metrics.csv").set_index("update").filter(like="eval/")
         for file in sorted(record.parent.glob("samples-*.jsonl")):
             update = int(file.stem.removeprefix("samples-"))

@@ -18,6 +18,7 @@ The critic is a table: the exact Q of the model that the first 1,000 episodes ma
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -191,7 +192,7 @@ def share_line(steps: pd.DataFrame, end: int) -> tuple[list, list]:
     return x, [*y, y[-1]]
 
 
-def main() -> None:
+def main() -> int:
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--seeds", type=int, default=20)
@@ -199,14 +200,19 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=ROOT / "docs/img/shadow.png")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    courses, decisions = study(arguments.seeds)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    courses.to_csv(arguments.out / "courses.csv", index=False, float_format="%.4f")
-    decisions.to_csv(arguments.out / "decisions.csv", index=False, float_format="%.4f")
-    draw(courses, decisions, arguments.picture)
+    try:
+        courses, decisions = study(arguments.seeds)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        courses.to_csv(arguments.out / "courses.csv", index=False, float_format="%.4f")
+        decisions.to_csv(arguments.out / "decisions.csv", index=False, float_format="%.4f")
+        draw(courses, decisions, arguments.picture)
+    except (OSError, sepsis.UserError) as error:
+        print(f"shadow_study.py: {error}", file=sys.stderr)
+        return 2
     print("\n".join(table_lines(courses)))
     print(f"{time.perf_counter() - start:.0f} s; written to {arguments.out} and {arguments.picture}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

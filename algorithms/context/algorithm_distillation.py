@@ -7,11 +7,13 @@ episode, without a gradient, by what stands in its context.
 
   (1)  h = s_1, a_1, r_1, s_2, a_2, r_2, ...                    a life: episodes one after the other
   (2)  x_t = E_s(s_t) + E_a(a_{t-1}) + E_r(r_{t-1}) + e_i       one token a step; e_i: its place in context
-  (3)  L = mean -log pi(a_t | x_{t-i}, ..., x_t)                every step of a window of L steps of one life
-  (4)  acting: a_t ~ pi(. | the last L steps), whatever episode they are of
+  (3)  L = mean -log pi(a_t | x_{t-i}, ..., x_t)                every step of a window of K steps of one life
+  (4)  acting: a_t ~ pi(. | the last K steps), whatever episode they are of
 
-Differences from the paper: of a life a window sees every `stride`-th episode only, so that a context of a few
-episodes shows progress (the paper does so as well, in its appendix); one token a step in place of three.
+Of a life a window sees every `stride`-th episode only, so that a context of a few episodes shows progress, as
+in the paper's appendix.
+
+Differences from the paper: one token a step in place of three.
 
   make dataset ID=reef/dark-room/histories-v0
   python algorithms/context/algorithm_distillation.py --dataset reef/dark-room/histories-v0

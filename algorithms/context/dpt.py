@@ -7,14 +7,15 @@ sampling, and exploration comes out of imitation. On a goal that it has never se
 itself.
 
   (1)  D = {(s_i, a_i, r_i, s'_i)}, i = 1 ... n       random actions in random states of one task
-  (2)  x_0 = E_q(s),  x_i = E_s(s_i) + E_a(a_i) + E_r(r_i) + E_n(s'_i)   no places: a set
+  (2)  x_0 = E_q(s),  x_i = E_s(s_i) + E_a(a_i) + E_r(r_i) + E_n(s'_i)   no places; attention looks back
   (3)  L = mean -log pi(a* | s, D_1, ..., D_j)        over j from 0 to n; a*: one of the best, each as likely
   (4)  acting: a ~ pi(. | s, D), D: the last n transitions of the episodes that are over
 
 Differences from the paper: of the lives in the dataset it takes only where actions lead, and their goals; in
 a share `found` of the tasks up to 90 % of the moves end on the goal; a label is not one best action but all
 of them alike, so that it explores evenly; acting, the last transition of an episode is left out, as its s' is
-another episode's start; transitions have no places, where its code has GPT-2's.
+another episode's start; transitions have no embedded places, where its code has GPT-2's (order tells a
+little: attention looks back only); the loss counts j = 0 too.
 
   make dataset ID=reef/dark-room/histories-v0
   python algorithms/context/dpt.py --dataset reef/dark-room/histories-v0

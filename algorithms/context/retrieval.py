@@ -9,14 +9,15 @@ by what they earned, and read by cross attention. So a life may be long and the 
   (3)  c_j = k . k_j                                      the `found` largest but for those above `too_alike`
   (4)  u_j = c_j + G_j / G_max                            G_j: the return of episode j; the `kept` largest
   (5)  w = softmax(u)                                     weights of the kept, which sum to 1
-  (6)  y = x + sum_j softmax(x Wq (z Wk)^T + log w) z Wv  cross attention to their steps z, in every block
+  (6)  y = x + sum_j softmax(x Wq (z Wk)^T / sqrt(d) + log w) z Wv       cross attention to their steps z
   (7)  L = mean -log pi(a_t | x_1, ..., x_t, memory)      steps after those that the key is of
   (8)  R_t = min(target - r_1 - ... - r_{t-1}, M_t)       acting; M_t: the largest R_t in the data
 
-Differences from the paper: keys are sums of fixed random vectors (its variant without a model of the domain
-uses a language model); an episode of the room is the unit of the memory, and in training that is what another
-learner with the same goal has been up to by some moment, so that it shows the goal, not habits; (4) also in
-training, where the paper's u_j counts the task; M_t; any action may be drawn, where its code has a top half.
+Differences from the paper: keys are sums of fixed random vectors (its own: a language model); episodes of the
+room are the memory, in training those of another learner with the same goal up to some moment, so that they
+show the goal, not habits; (4) also in training, where the paper's u_j counts the task, and of plain
+similarities (its code scales both terms to [0, 1]); eight episodes are weighed, and beside them one learned
+row can be read (its code reads the best alone); M_t; any action may be drawn, where its code has a top half.
 
   make dataset ID=reef/dark-room/histories-v0
   python algorithms/context/retrieval.py --dataset reef/dark-room/histories-v0

@@ -9,7 +9,7 @@ are worth, so it stands beside every other algorithm.
 Choices that infos["action_mask"] forbids, in the data or in the environment, are left out everywhere.
 
 Differences from the paper: a softmax over choices for units that code a steering angle; (2) draws, where that
-takes the strongest.
+takes the strongest; images go through a convolution of its own.
 
   python algorithms/discrete/bc.py --config_path configs/discrete/bc/reef/sepsis/clinician-v0.yaml
 """

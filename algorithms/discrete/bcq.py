@@ -10,9 +10,11 @@ data make each choice, and takes the best of those only that are likely enough.
   (5)  L_Q = mean huber(Q(s, a) - y)                               huber: x^2 / 2 within 1, |x| - 1/2 beyond
   (6)  Q' <- Q' + tau (Q - Q')
 
-Choices that infos["action_mask"] forbids, in the data or in the environment, are left out everywhere.
+Choices that infos["action_mask"] forbids, in the data or in the environment, are left out everywhere
+but in the second term of (1).
 
-Differences from the paper: two networks, where that has two heads on one; Q' follows slowly on images too.
+Differences from the paper: two networks, where that has two heads on one; images go through a convolution of
+its own; Q' follows slowly there too.
 
   python algorithms/discrete/bcq.py --config_path configs/discrete/bcq/reef/sepsis/clinician-v0.yaml
 """

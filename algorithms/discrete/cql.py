@@ -12,7 +12,8 @@ of Q over all choices, and raises Q of the data's own. Over a few choices the su
 Choices that infos["action_mask"] forbids, in the data or in the environment, are left out everywhere.
 
 Differences from the paper: double Q-learning, (1), on one critic, for a quantile regression that is summed
-over 200 quantiles, so that a weight there is a hundredth of it here; Q' follows slowly.
+over 200 quantiles, so that a weight there is a hundredth of it here; a convolution of its own; Q' follows
+slowly.
 
   python algorithms/discrete/cql.py --config_path configs/discrete/cql/reef/sepsis/clinician-v0.yaml
 """

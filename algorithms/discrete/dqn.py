@@ -11,7 +11,8 @@ naive learner beside which the others are to be seen: cql, bcq and iql are what 
 
 Choices that infos["action_mask"] forbids, in the data or in the environment, are left out everywhere.
 
-Differences from the paper: nothing is ever tried; Q' follows slowly, where that copies Q at times; Adam.
+Differences from the paper: nothing is ever tried; Q' follows slowly, where that copies Q at times; Adam;
+images go through a convolution of its own.
 
   python algorithms/discrete/dqn.py --config_path configs/discrete/dqn/reef/sepsis/clinician-v0.yaml
 """

@@ -12,7 +12,8 @@ the data's choices, each weighted by the exponential of its advantage. It acts b
 
 Choices that infos["action_mask"] forbids, in the data or in the environment, are left out everywhere.
 
-Differences from the paper: one critic, not the smaller of two; no falling step size; choices are drawn.
+Differences from the paper: one critic, not the smaller of two; no falling step size; choices are drawn;
+images go through a convolution.
 
   python algorithms/discrete/iql.py --config_path configs/discrete/iql/reef/sepsis/clinician-v0.yaml
 """

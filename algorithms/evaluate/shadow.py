@@ -14,7 +14,7 @@ Watching, n episodes so far, episode i with return G_i:
   (3)  ESS = (sum_i w_T)^2 / sum_i w_T^2
   (4)  the canary is allowed if L_n >= -margin, ESS >= min_ess, n >= min_episodes and gaps <= max_gap
 Acting, episode k, which was the policy's (A = 1) with chance p, else the logger's (A = 0); G in [0, 1]:
-  (5)  U_k = A (G - m) / p - (1 - A) (G - m) / (1 - p)     E U is the policy's gain; m: mean of G before k
+  (5)  U_k = A (G - m) / p - (1 - A) (G - m) / (1 - p)     E U is the gain; m: (1/2 + sum of G before k) / k
   (6)  H = mean_f prod_k (1 - f U_k / u_k)                 u_k: the largest U that could have been
   (7)  S = mean_f prod_k (1 + f (U_k + margin) / l_k)      -l_k: the smallest; f: 1/2, 1/4, ..., 1/64
   (8)  stop if H >= 1/a;  the next share if S >= 1/a
@@ -422,7 +422,8 @@ def next_command(config: Config, dataset: minari.MinariDataset) -> str:
     """The command that goes on: online where there are an environment and a script for it, else offline."""
     here, parts = Path(__file__).resolve().parents[1], Path(config.policy).resolve().parts
     scripts = [f"{family}/{name}.py" for family, name in zip(parts, parts[1:])]
-    known = [script for script in scripts if (here / script).exists()] or ["offline/iql.py"]
+    family = "discrete" if isinstance(dataset.action_space, gym.spaces.Discrete) else "offline"
+    known = [script for script in scripts if (here / script).exists()] or [f"{family}/iql.py"]
     online = known[0].replace("offline/", "finetune/")
     goes_on = dataset.env_spec is not None and (here / online).exists()
     return f"python algorithms/{online if goes_on else known[0]} --dataset {config.handover}"
