@@ -756,11 +756,11 @@ def test_a_folder_that_cannot_be_written(root, benchmark):
 
 
 def write_scores(root: Path, *rows: tuple) -> None:
-    """Rows of (family, algorithm, dataset, update, phase, wall_seconds)."""
+    """Rows of (family, algorithm, dataset, update, phase, wall_seconds, device)."""
     file = root / "results/scores/some.csv"
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "w", newline="") as stream:
-        columns = ["family", "algorithm", "dataset", "update", "phase", "wall_seconds"]
+        columns = ["family", "algorithm", "dataset", "update", "phase", "wall_seconds", "device"]
         csv.writer(stream).writerows([columns, *rows])
 
 
@@ -771,7 +771,8 @@ def scores(root) -> None:
     rows = [("offline", "toy", "test/one-v0", updates, "final", seconds) for updates, seconds in one]
     rows += [("offline", "toy", "test/three-v0", updates, "final", 36 * updates) for updates in (1, 100)]
     rows += [("offline", "toy", "test/one-v0", 10, "training", 10**9)] * 9
-    write_scores(root, *rows, ("finetune", "tot", "test/one-v0", 1, "final", 1))
+    rows = [(*row, "cpu: some") for row in [*rows, ("finetune", "tot", "test/one-v0", 1, "final", 1)]]
+    write_scores(root, *rows, *[("offline", "toy", "test/one-v0", 100, "final", 1, "cuda: some")] * 9)
 
 
 def test_list_says_what_would_run_and_its_cost(root, benchmark, scores):

@@ -106,3 +106,17 @@ def test_exit_statuses():
     assert common.exit_status("x.py", lambda status: status, 1) == 1
     with pytest.raises(KeyError):  # no user's mistake: its traceback is wanted
         common.exit_status("x.py", lambda: {}["x"])
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        ({"updates": 70}, 70),
+        ({"updates": 70, "online_steps": 20}, 90),
+        ({"updates": 0, "online_steps": 20, "random_steps": 5, "updates_per_step": 4}, 60),
+        ({"updates": 70, "online_steps": 20, "warmup_steps": 5, "updates_per_step": 2}, 100),
+        ({"updates": 70, "random_steps": 1000}, 70),
+    ],
+)
+def test_updates_of_both_phases(config, count):
+    assert common.all_updates(config) == count

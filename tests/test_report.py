@@ -427,6 +427,16 @@ def test_the_readme_claims_what_the_intervals_support(root, record, without_figu
         assert (root / link).exists() or link.endswith(".png")  # figures are left out here
 
 
+def test_who_imitates_among_choices_is_beaten_too(root, record, without_figures):
+    """Outside algorithms/offline its name begins with the family's."""
+    cells = {"bc": [[1, 2, 3]] * 3, "cql": [[7, 8, 9]] * 3}
+    _, (one,) = record(runs(cells, family="discrete"))
+    assert figures.baseline_of(one) == "discrete bc"
+    assert report.main([]) == 0
+    rows = lines_of((root / "docs/scores.md").read_text(), one.suite)
+    assert {row[2]: row[6] for row in rows} == {"discrete cql": "1.00 [1.00, 1.00]", "discrete bc": ""}
+
+
 def test_nothing_is_claimed_of_few_seeds(root, record, without_figures):
     record(runs({"bc": [[1, 2]] * 3, "iql": [[50, 51]] * 3}))
     assert report.main([]) == 0

@@ -66,7 +66,7 @@ from pathlib import Path
 import filelock
 import psutil
 import yaml
-from common import ROOT, UserError, exit_status, read_record, show, write
+from common import ROOT, UserError, all_updates, exit_status, read_record, show, write
 from minari.storage import get_dataset_path
 from tqdm import tqdm
 
@@ -301,7 +301,7 @@ def is_finished(run: Run, record: dict) -> bool:
 def position(run: Run, record: dict) -> tuple[int, float]:
     """Updates that are done, and the seconds they took."""
     if record.get("status") == "finished":
-        return record["config"]["updates"], record["wall_seconds"]
+        return all_updates(record["config"]), record["wall_seconds"]
     try:
         with open(run.folder / "metrics.csv", newline="") as file:
             *_, row = csv.DictReader(file)
@@ -320,11 +320,12 @@ def paces(measured: Iterable[tuple[tuple[str, str], int, float]]) -> dict:
 
 
 def recorded_paces() -> dict:
-    """Those of the runs in results/scores."""
+    """Those of the runs in results/scores that a processor's core made."""
     rows = []
     for path in (ROOT / "results/scores").glob("*.csv"):
         with open(path, newline="") as file:
-            rows += [row for row in csv.DictReader(file) if row["phase"] == "final"]
+            finals = [row for row in csv.DictReader(file) if row["phase"] == "final"]
+        rows += [row for row in finals if not row["device"].startswith("cuda")]
     kinds = [(f"{row['family']}/{row['algorithm']}", row["dataset"]) for row in rows]
     return paces((kind, int(row["update"]), float(row["wall_seconds"])) for kind, row in zip(kinds, rows))
 
@@ -342,7 +343,7 @@ class Costs:
         self.here = paces((run.kind, *place) for run, place in self.positions.items())
 
     def updates_left(self, run: Run) -> int:
-        return max(0, run.config["updates"] - self.positions[run][0])
+        return max(0, all_updates(run.config) - self.positions[run][0])
 
     def of(self, run: Run) -> tuple[float, str]:
         """Seconds that it still needs, and the source; inf where its algorithm was never measured."""

@@ -7,7 +7,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
@@ -93,6 +93,12 @@ def show(values: Iterable[float]) -> str:
 def span(counts: Iterable[int]) -> str:
     """`50,000`, or `10,000 to 50,000`."""
     return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
+
+
+def all_updates(config: Mapping) -> int:
+    """Gradient updates of a run by its config: those on the data, and where it goes on online those there."""
+    learning = config.get("online_steps", 0) - config.get("random_steps", 0) - config.get("warmup_steps", 0)
+    return config["updates"] + max(0, learning) * config.get("updates_per_step", 1)
 
 
 def escape(text: str) -> str:

@@ -31,6 +31,7 @@ from common import (
     DAMAGED,
     KEY,
     UserError,
+    all_updates,
     escape,
     exit_status,
     learner_name,
@@ -103,8 +104,7 @@ def read_run(folder: Path) -> tuple[dict, pd.DataFrame]:
     steps = config.get("online_steps", 0)
     run = name_run(folder, info) | {"finished": finished, "dataset_hash": info.get("dataset_hash", "")}
     run |= {"switch": config["updates"], "online_steps": steps}
-    learning = steps - config.get("random_steps", 0) - config.get("warmup_steps", 0)  # these have no updates
-    run |= {"updates": config["updates"] + learning * config.get("updates_per_step", 1)}
+    run |= {"updates": all_updates(config)}
     run |= {name: info.get(name) if finished else None for name in [*FINAL, *SWITCH, "wall_seconds"]}
     columns = ["update", "online/steps", "time/wall_seconds", "eval/score", "eval/return_mean"]
     curve = pd.DataFrame(columns=columns, dtype=float)

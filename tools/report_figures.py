@@ -52,14 +52,20 @@ def slug(suite: str) -> str:
     return re.sub(r"[^\w.-]+", "-", suite)
 
 
+def baseline_of(one: Comparison) -> str:
+    """The one that imitates, whose name begins with its family's outside algorithms/offline."""
+    return next((name for name in one.cells if name.split()[-1] == BASELINE), BASELINE)
+
+
 def draw_aggregates(comparisons: list[Comparison], look: dict) -> Figure:
     """IQM and P(> baseline) of every learner with their intervals, a row a suite."""
     heights = [len(one.cells) + 1.5 for one in comparisons]
     figure = Figure(figsize=(8, 0.32 * sum(heights) + 0.3), layout="constrained")
     rows = figure.subplots(len(comparisons), 2, squeeze=False, height_ratios=heights, sharey="row")
     for (left, right), one in zip(rows, comparisons):
+        baseline = baseline_of(one)
         for place, name in enumerate(one.cells):
-            pairs = {left: one.iqm[name], right: one.improvement.get((name, BASELINE))}
+            pairs = {left: one.iqm[name], right: one.improvement.get((name, baseline))}
             for axis, estimate in pairs.items():
                 if estimate:
                     axis.plot(estimate[1:], [place] * 2, color=look[name][1], lw=5, alpha=0.35,
@@ -68,9 +74,8 @@ def draw_aggregates(comparisons: list[Comparison], look: dict) -> Figure:
         left.set_yticks(range(len(one.cells)), one.cells)
         left.set_ylim(len(one.cells) - 0.4, -0.6)
         left.set_title(f"{one.suite}: IQM (datasets: {len(one.datasets)})")
-        has_baseline = any((name, BASELINE) in one.improvement for name in one.cells)
-        right.set_visible(has_baseline)
-        right.set_title(f"P(better than {BASELINE})")
+        right.set_visible(any((name, baseline) in one.improvement for name in one.cells))
+        right.set_title(f"P(better than {baseline})")
         right.set_xlim(-0.03, 1.03)
         right.axvline(0.5, color="#888888", lw=1, ls="--", zorder=0)
         for axis in (left, right):

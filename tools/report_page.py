@@ -16,7 +16,7 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 from common import ROOT, UserError, escape, link, markdown, show, span
-from report_figures import BASELINE, DASHES, OFFLINE, experience_of, looks, slug
+from report_figures import BASELINE, DASHES, OFFLINE, baseline_of, experience_of, looks, slug
 from report_statistics import CELL, METRICS, MIN_SEEDS, Cell, Comparison, by_suite
 from scores import RECORD
 
@@ -29,7 +29,7 @@ def aggregate_table(comparisons: Iterable[Comparison]) -> str:
     for one in comparisons:
         for name, cells in one.cells.items():
             runs = pd.concat([cell.runs for cell in cells])
-            over = one.improvement.get((name, BASELINE))
+            over = one.improvement.get((name, baseline_of(one)))
             beaten = ", ".join(escape(other) for other in one.cells if (name, other) in one.better)
             rows.append([escape(one.suite), len(one.datasets), escape(name), len(runs), span(runs["update"]),
                          one.iqm[name].show(1), over.show(2) if over else "", beaten])
