@@ -73,14 +73,14 @@ def auto_encoding(vae, rows, noise, kl_weight: float = 0.5) -> float:
     return float(np.mean(errors) + kl_weight * np.mean(divergence))
 
 
-def target(learner, rows, latents, bcq_lambda: float, discount: float, count: int) -> np.ndarray:
+def target(learner, rows, latents, ensemble_lambda: float, discount: float, count: int) -> np.ndarray:
     """y [B]: of `count` actions of each next state, latents [B count, 2A] in the order of the states."""
     layers, best = {name: weights(getattr(learner, name)) for name in NAMES}, []
     for number, state in enumerate(rows["next_observations"]):
         states, own = np.tile(state, (count, 1)), latents[number * count : (number + 1) * count]
         actions = proposed(layers["vae"], layers["target_actor"], states, own)
         q1, q2 = q_values(layers["target_critic"], states, actions)
-        best.append(max(bcq_lambda * np.minimum(q1, q2) + (1 - bcq_lambda) * np.maximum(q1, q2)))
+        best.append(max(ensemble_lambda * np.minimum(q1, q2) + (1 - ensemble_lambda) * np.maximum(q1, q2)))
     return bellman(rows, discount, np.array(best))
 
 
@@ -179,13 +179,13 @@ def test_an_action_is_moved_by_at_most_phi(batch, phi, sign):
 
 
 @pytest.mark.equation(3, 4, 5)
-@pytest.mark.parametrize(("bcq_lambda", "discount"), [(0.75, 0.9), (1.0, 0.99), (0.0, 0.5)])
-def test_critic_loss(batch, rows, bcq_lambda, discount):
-    learner = make(bcq_lambda=bcq_lambda, discount=discount, target_samples=4)
+@pytest.mark.parametrize(("ensemble_lambda", "discount"), [(0.75, 0.9), (1.0, 0.99), (0.0, 0.5)])
+def test_critic_loss(batch, rows, ensemble_lambda, discount):
+    learner = make(ensemble_lambda=ensemble_lambda, discount=discount, target_samples=4)
     (noise,) = normal(2, 12)
-    y = target(learner, rows, noise, bcq_lambda, discount, 4)
+    y = target(learner, rows, noise, ensemble_lambda, discount, 4)
     assert np.abs(y - target(learner, rows, noise, 0.4, discount, 4))[[0, 2]].min() > 1e-3
-    assert np.abs(y - target(learner, rows, noise[::-1], bcq_lambda, discount, 4)).max() > 1e-3
+    assert np.abs(y - target(learner, rows, noise[::-1], ensemble_lambda, discount, 4)).max() > 1e-3
     assert y[1] == rows["rewards"][1]  # terminated
     loss, metrics = learner.critic_loss(batch)
     others = [getattr(learner, name) for name in NAMES if name != "critic"]
@@ -194,20 +194,20 @@ def test_critic_loss(batch, rows, bcq_lambda, discount):
     assert metrics["critic/q_mean"].item() == pytest.approx(np.mean(q), rel=1e-5)
 
 
-def target_of(batch, answers: list[list[float]], bcq_lambda: float) -> float:
+def target_of(batch, answers: list[list[float]], ensemble_lambda: float) -> float:
     """y of one transition without reward or discount, whose sampled actions have these values [2, n]."""
     count = len(answers[0])
-    learner = make(bcq_lambda=bcq_lambda, discount=1.0, target_samples=count)
+    learner = make(ensemble_lambda=ensemble_lambda, discount=1.0, target_samples=count)
     learner.target_critic, learner.critic = Constant(answers), Constant([[0.0]] * 2)
     one = {key: column[:1] for key, column in batch.items()} | {"rewards": torch.zeros(1)}
     return (learner.critic_loss(one)[0].item() / 2) ** 0.5  # two critics, each off by y
 
 
 @pytest.mark.equation(4)
-@pytest.mark.parametrize(("bcq_lambda", "wanted"), [(0.75, 2.5), (1.0, 2.0), (0.0, 4.0), (0.5, 3.0)])
+@pytest.mark.parametrize(("ensemble_lambda", "wanted"), [(0.75, 2.5), (1.0, 2.0), (0.0, 4.0), (0.5, 3.0)])
 @pytest.mark.parametrize("answers", [[[2.0], [4.0]], [[4.0], [2.0]]])
-def test_soft_clipped_double_q_of_the_facts(batch, answers, bcq_lambda, wanted):
-    assert target_of(batch, answers, bcq_lambda) == pytest.approx(wanted)
+def test_soft_clipped_double_q_of_the_facts(batch, answers, ensemble_lambda, wanted):
+    assert target_of(batch, answers, ensemble_lambda) == pytest.approx(wanted)
 
 
 @pytest.mark.equation(4)
@@ -344,8 +344,8 @@ def test_latents_of_act_are_the_seeds_and_no_others():
 
 def test_sizes_and_numbers():
     config, learner = bcq.Config(), new_learner(bcq, bcq.Config(), OBS, ACT)
-    wanted = {"phi": 0.05, "bcq_lambda": 0.75, "target_samples": 10, "act_samples": 100, "batch_size": 100}
-    wanted |= {"actor_lr": 1e-3, "critic_lr": 1e-3, "vae_lr": 1e-3, "discount": 0.99, "tau": 0.005}
+    wanted = {"phi": 0.05, "ensemble_lambda": 0.75, "target_samples": 10, "act_samples": 100}
+    wanted |= {"batch_size": 100, "actor_lr": 1e-3, "critic_lr": 1e-3, "vae_lr": 1e-3, "discount": 0.99, "tau": 0.005}
     wanted |= {"updates": 1_000_000, "normalize_states": False, "normalize_rewards": False}
     assert {name: getattr(config, name) for name in wanted} == wanted
     sizes = {

@@ -78,7 +78,7 @@ class Config:
     start_from: Optional[str] = None  # folder of a finished run of this algorithm, for the first `updates`
     batch_size: Count = 256  # transitions in an update
     discount: Share = 0.99  # gamma
-    tau: Share = 0.005  # rate of the target networks
+    tau: Share = 0.005  # rate of the target network
     actor_lr: Size = 3e-4  # Adam's step size
     critic_lr: Size = 3e-4  # Adam's step size
     hidden_dim: Count = 256  # units in a hidden layer

@@ -123,7 +123,8 @@ class CQL:
         self.critic = EnsembleCritic(obs_dim, act_dim, config.hidden_dim, config.hidden_layers).to(device)
         self.target_critic = copy.deepcopy(self.critic)
         self.temperature, self.multiplier = PositiveScalar().to(device), PositiveScalar().to(device)
-        nn.init.constant_(self.multiplier.log, float(config.lagrange_gap is not None))  # e, or 1
+        if config.lagrange_gap is not None:
+            nn.init.ones_(self.multiplier.log)  # lambda of (7) starts at e
         adam = partial(torch.optim.Adam, fused=True)
         self.actor_optimizer = adam(self.actor.parameters(), config.actor_lr)
         self.critic_optimizer = adam(self.critic.parameters(), config.critic_lr)

@@ -13,9 +13,10 @@ finds it than an action of the actor's own. The critic values that same actor, a
 Differences from the paper: form and numbers are those of CORL (github.com/tinkoff-ai/CORL), whose scores on
 logged data are far above the paper's. A weight is cut at 100 where the authors' code divides it by the
 batch's mean; the Gaussian's mean is not squashed and its log deviation is bounded by -20 and 2 (theirs: tanh,
--6 and 0); networks have three hidden layers (two), batches 256 rows (1,024); nothing decays the actor's
-weights; observations are standardised. Not CORL's either: an episode cut by a time limit keeps its last
-transition, which bootstraps from that episode's last observation.
+-6 and 0); networks have three hidden layers (two; four in their walkers' policy), batches 256 rows (1,024); b
+of (3) is a sample (on their hands the mean); nothing decays the actor's weights; observations are
+standardised. Not CORL's either: an episode cut by a time limit keeps its last transition, which bootstraps
+from that episode's last observation.
 
   python algorithms/offline/awac.py --config_path configs/offline/awac/reef/pointmaze/umaze-v0.yaml
 """
@@ -75,7 +76,7 @@ class Config:
     updates: Count = 1_000_000  # gradient updates
     batch_size: Count = 256  # transitions in an update
     discount: Share = 0.99  # gamma
-    tau: Share = 0.005  # rate of the target networks
+    tau: Share = 0.005  # rate of the target network
     actor_lr: Size = 3e-4  # Adam's step size
     critic_lr: Size = 3e-4  # Adam's step size
     hidden_dim: Count = 256  # units in a hidden layer

@@ -12,8 +12,8 @@ auto-encoder fitted to the data, moved by a small network by at most phi; the po
   (7)  theta' <- theta' + tau (theta - theta')                          both targets, of Q and xi
   (8)  pi(s) = the a_z with the largest Q_1(s, a_z)                     of 100 z
 
-Differences from the paper: the z of (8) are drawn once, by the seed, so that a state has one action; all
-layers have 400 units (the authors': 400, 300). As in their code a time limit's last transition bootstraps.
+Differences from the paper: the z of (8) are drawn once, by the seed, so that a state has one action; critics
+and xi have 400 units in both layers (400, 300). As in their code a time limit's last transition bootstraps.
 
   python algorithms/offline/bcq.py --config_path configs/offline/bcq/reef/pointmaze/umaze-v0.yaml
 """
@@ -81,7 +81,7 @@ class Config:
     vae_hidden_dim: Count = 750  # units in a hidden layer of E and D
     hidden_layers: Count = 2  # hidden layers of every network
     phi: Size = 0.05  # largest change of an entry of an action, (3)
-    bcq_lambda: Share = 0.75  # weight of the smaller Q in (4), where 1 is TD3's minimum
+    ensemble_lambda: Share = 0.75  # weight of the smaller Q in (4), where 1 is TD3's minimum
     target_samples: Count = 10  # actions of a next state in (4)
     act_samples: Count = 100  # actions to choose from in (8)
     normalize_states: bool = False  # standardise observations by the dataset's mean and deviation
@@ -131,7 +131,7 @@ class BCQ:
         return loss, {"vae/loss": loss.detach(), "vae/kl": kl.detach()}
 
     def critic_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        samples, weight = self.config.target_samples, self.config.bcq_lambda
+        samples, weight = self.config.target_samples, self.config.ensemble_lambda
         with torch.no_grad():
             next_observations = batch["next_observations"].repeat_interleave(samples, 0)  # [B n, .]
             next_actions = self.propose(self.target_actor, next_observations)  # [B n, A]

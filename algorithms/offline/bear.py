@@ -13,9 +13,9 @@ data: of so few, the maximum mean discrepancy tells whether they lie in its supp
   (8)  theta' <- theta' + tau (theta - theta')                             both targets, of Q and pi
   (9)  pi(s) = the a_k with the largest Q_1(s, a_k)                        of 10
 
-Differences from the paper: as in the authors' code the noise of x and b is cut to [-1/2, 1/2] in (4), both
-are before the tanh. Unlike theirs, (9) draws its noise once, for all states; actor and critics have 400 units
-in both layers (400, 300); the actor's deviations are in [e^-5, e^2]; steps cut by a time limit are kept.
+Differences from the paper: as in the authors' code noise is cut to [-1/2, 1/2] in (4), x and b are before the
+tanh. Unlike theirs, (9) has one noise for all states; actor and critics have 400 units in both layers (400,
+300); the actor's deviations are in [e^-5, e^2]; s' at a time limit is the episode's (the next one's).
 
   python algorithms/offline/bear.py --config_path configs/offline/bear/reef/pointmaze/umaze-v0.yaml
 """

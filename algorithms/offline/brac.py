@@ -16,7 +16,8 @@ part of the reward. First b is cloned, then the actor comes close to b, and only
 Differences from the paper: (2) takes the densities before the tanh, whose slope is in both and cancels; (3)
 and (5) share its first sample, (5) and (6) its D. As in the authors' code (1) draws actions in to 0.999
 (theirs: in (2) too) and alpha is at most 500. Not theirs: b learns for 100,000 updates at 1e-3 (300,000 at
-5e-4), with no bonus for entropy; deviations are in [e^-5, e^2] (up to 1), policies have 300 units (200).
+5e-4), with no bonus for entropy; the others for 900,000 (500,000); deviations are in [e^-5, e^2] (up to 1),
+policies have 300 units (200); first weights are torch's own.
 
   python algorithms/offline/brac.py --config_path configs/offline/brac/reef/pointmaze/umaze-v0.yaml
 """
@@ -85,7 +86,7 @@ class Config:
     hidden_dim: Count = 300  # units in a hidden layer
     hidden_layers: Count = 2  # hidden layers of every network
     value_penalty: bool = True  # v of (3): true is BRAC-v, false is BRAC-p
-    alpha: Size = 0.1  # weight of the divergence, or the first one
+    alpha: Size = 0.1  # weight of the divergence; with a target_kl, where it starts
     target_kl: Optional[float] = None  # kappa of (6); null: alpha stays
     kl_samples: Count = 4  # actions of a state in (2)
     ensemble_lambda: Share = 1.0  # weight of the smaller Q in (8), where 1 is the minimum

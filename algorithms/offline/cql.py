@@ -12,8 +12,9 @@ lowers a soft maximum of Q over all actions, and raises Q of the data's own.
   (7)  with a gap g to keep: w lambda (G_i - g) for w G_i in (2),  L_lambda = -w lambda mean_i (G_i - g)
 
 Differences from the paper: (2) keeps the whole square, so w is twice its alpha; (6) sums, not averages, and
-has pi(s') too; w stays beside lambda, which starts at e; no warm start; first weights are torch's own; log
-deviations end at -5 and 2, and have no learned scale and shift (CORL's have).
+has pi(s') too; w stays beside lambda, which starts at e; (3) climbs the critic of (2) (theirs: that before);
+no warm start; observations are standardised; an episode cut by a time limit keeps its last transition; first
+weights are torch's own; log deviations end at -5 and 2, without learned scale and shift (CORL's have them).
 
   python algorithms/offline/cql.py --config_path configs/offline/cql/reef/pointmaze/umaze-v0.yaml
 """
@@ -117,7 +118,8 @@ class CQL:
         self.critic = EnsembleCritic(obs_dim, act_dim, config.hidden_dim, config.hidden_layers).to(device)
         self.target_critic = copy.deepcopy(self.critic)
         self.temperature, self.multiplier = PositiveScalar().to(device), PositiveScalar().to(device)
-        nn.init.constant_(self.multiplier.log, float(config.lagrange_gap is not None))  # e, or 1
+        if config.lagrange_gap is not None:
+            nn.init.ones_(self.multiplier.log)  # lambda of (7) starts at e
         adam = partial(torch.optim.Adam, fused=True)
         self.actor_optimizer = adam(self.actor.parameters(), config.actor_lr)
         self.critic_optimizer = adam(self.critic.parameters(), config.critic_lr)

@@ -11,7 +11,8 @@ Asked for a high return, it acts as episodes with high returns did. No values, n
 
 Differences from the paper: windows that an episode's end cuts short are padded on the right, where causality
 hides the padding from every real token; the target is one quantile of the dataset's returns, not the better
-of two given ones; steps past `timesteps` share the last embedding.
+of two given ones; observations are divided by their deviation plus 1e-3 (1e-6). As in their code, steps past
+`timesteps` share the last embedding.
 
   python algorithms/offline/dt.py --config_path configs/offline/dt/reef/pointmaze/umaze-v0.yaml
 """

@@ -10,8 +10,9 @@ gradients of their values by the action away from each other: then ten to fifty 
   (5)  Q' <- Q' + tau (Q - Q')
   (6)  D = mean sum_{i != j} <g_i, g_j> / (N - 1),  g_i = dQ_i/da / |dQ_i/da|    at (s, a) of the data
 
-Differences from the paper: first weights are torch's own. On D4RL's hands rewards are not standardised, and
-no target takes the best of ten actions (the authors' do on pen/cloned).
+Differences from the paper: first weights are torch's own; an episode cut by a time limit keeps its last
+transition. On D4RL's hands rewards are not standardised, and no target takes the best of ten actions (the
+authors' do on pen/cloned).
 
   python algorithms/offline/edac.py --config_path configs/offline/edac/reef/pointmaze/umaze-v0.yaml
 """

@@ -1,7 +1,7 @@
 """LB-SAC: SAC-N with large batches, for offline learning (Nikulin et al., 2022, arXiv:2211.11092).
 
 SAC-N needs many critics, and millions of updates until they agree on the data and differ elsewhere. LB-SAC is
-SAC-N on large batches, whose gradients are less noisy, with steps larger by the root of that growth: 4 to 40
+SAC-N on large batches, whose gradients are less noisy, with steps larger by the root of that growth: 2 to 50
 critics and a tenth of the updates are enough.
 
   (1)  L_alpha = log alpha (H + |A|),  H = -mean log pi(a|s),  a ~ pi(s)         |A|: entries of an action
@@ -12,7 +12,8 @@ critics and a tenth of the updates are enough.
   (6)  steps of every optimiser: its learning rate times sqrt(B / 256)           B: transitions in a batch
 
 Differences from the paper: critics have no layer normalisation (the authors use it for Hopper's medium data),
-and first weights are always torch's own (theirs are EDAC's for Walker2d's expert data).
+and first weights are always torch's own (theirs are EDAC's for Walker2d's expert data); an episode cut by a
+time limit keeps its last transition.
 
   python algorithms/offline/lb_sac.py --config_path configs/offline/lb_sac/reef/pointmaze/umaze-v0.yaml
 """

@@ -72,7 +72,7 @@ class Config:
     updates: Count = 1_000_000  # gradient updates
     batch_size: Count = 256  # transitions in an update
     discount: Share = 0.99  # gamma
-    tau: Share = 0.005  # rate of the target networks
+    tau: Share = 0.005  # rate of the target network
     actor_lr: Size = 3e-4  # Adam's step size, falling to 0 over `updates` along a cosine
     critic_lr: Size = 3e-4  # Adam's step size
     value_lr: Size = 3e-4  # Adam's step size
