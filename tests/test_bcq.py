@@ -345,8 +345,8 @@ def test_latents_of_act_are_the_seeds_and_no_others():
 def test_sizes_and_numbers():
     config, learner = bcq.Config(), new_learner(bcq, bcq.Config(), OBS, ACT)
     wanted = {"phi": 0.05, "ensemble_lambda": 0.75, "target_samples": 10, "act_samples": 100}
-    wanted |= {"batch_size": 100, "actor_lr": 1e-3, "critic_lr": 1e-3, "vae_lr": 1e-3, "discount": 0.99, "tau": 0.005}
-    wanted |= {"updates": 1_000_000, "normalize_states": False, "normalize_rewards": False}
+    wanted |= {"actor_lr": 1e-3, "critic_lr": 1e-3, "vae_lr": 1e-3, "discount": 0.99, "tau": 0.005}
+    wanted |= {"batch_size": 100, "updates": 1_000_000, "normalize_states": False, "normalize_rewards": False}
     assert {name: getattr(config, name) for name in wanted} == wanted
     sizes = {
         name: [weight.shape[1] for weight in network.parameters() if weight.dim() == 2]
