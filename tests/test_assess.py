@@ -71,7 +71,7 @@ def ends(**changed) -> dict:
         ({"values": ends(WIS=(5.0, 4.0, 6.0))}, "shadow", "f"),
         ({"heldout": False}, "shadow", "g"),
         ({"ratio": 2.1}, "shadow", "h"),
-        ({"ratio": math.nan}, "canary", ""),
+        ({"ratio": math.nan}, "shadow", "h"),
         ({"drift": ["dose"]}, "shadow", "i"),
         ({"calibrated": False}, "shadow", "j"),
     ],

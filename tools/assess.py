@@ -118,6 +118,8 @@ def open_run(folder: Path) -> tuple[ModuleType, object, dict]:
     script = load_script(known[0])
     if not hasattr(script, "load"):
         raise UserError(f"{folder} is a run of {known[0].stem}, which has no `load`")
+    if not (folder / "checkpoint.pt").is_file():
+        raise UserError(f"{folder} has no checkpoint.pt, where the policy is")
     with translated(script):
         return script, script.load(str(folder)), info
 
@@ -428,6 +430,12 @@ def learner_losses(policy: Policy, log: Log, judge: Log, seed: int) -> dict[str,
             data = script.choice_transitions(episodes, learner.encoder)
         else:
             data = script.transitions(episodes, learner.scaler)
+        if hasattr(script, "next_actions"):  # ReBRAC
+            data |= script.next_actions(episodes, learner.scaler)
+        if hasattr(script, "returns_to_go"):  # Cal-QL
+            gamma = config["discount"]
+            values = [script.returns_to_go(e["rewards"], e["terminations"][-1] == 1, gamma) for e in episodes]
+            data["returns_to_go"] = torch.as_tensor(np.concatenate(values))
     rows = torch.as_tensor(choose_rows(judge, LOSS_ROWS, seed))
     batch = {name: column[rows] for name, column in data.items()}
     if log.choices:
@@ -551,7 +559,7 @@ class Facts:
     ess: float
     mean_weight: float
     heldout: bool
-    ratio: float  # the largest of its critic; nan where it has none
+    ratio: float  # the largest of its critic; 0 where it has none, nan where its own is not above 0
     drift: list[str]
     finite: bool  # its training
     calibrated: bool  # FQE's interval of the log's own policy meets the log's
@@ -580,8 +588,8 @@ def judge_policy(facts: Facts) -> tuple[str, list[str]]:
         against.append(f"(f) not surely better than {LOGGED} by {', '.join(short)}")
     if not facts.heldout:
         against.append("(g) no held-out episodes")
-    if facts.ratio > WORST_RATIO:
-        against.append(f"(h) a loss of its critic is {facts.ratio:.1f} times as large on held-out episodes")
+    if not facts.ratio <= WORST_RATIO:  # nan cannot be judged
+        against.append(f"(h) a loss of its critic is {show(facts.ratio)} times as large on held-out episodes")
     if facts.drift:
         against.append(f"(i) over the log's time moved: {', '.join(facts.drift)}")
     if not facts.calibrated:
@@ -597,10 +605,10 @@ def gather_facts(policy: Policy, values: pd.DataFrame, departure: Departure, los
     logged, cloned = present.loc["IS"], present.loc["FQE"]
     calibrated = bool(cloned["low"] <= logged["high"] and logged["low"] <= cloned["high"])
     trusted = {name: tuple(mine.loc[name, ["value", "low", "high"]].astype(float)) for name in TRUSTED}
-    ratio = math.nan
+    ratio = 0.0
     if losses is not None:
         ratios = losses[(losses["policy"] == policy.label) & (losses["loss"] != "imitation error")]["ratio"]
-        ratio = ratios.max()
+        ratio = ratios.max(skipna=False) if len(ratios) else 0.0
     last = policy.metrics.tail(1).select_dtypes("number")
     finite = policy.info.get("status") != "diverged" and not np.isinf(last.to_numpy()).any()
     finite &= not last.filter(regex="loss").isna().to_numpy().any()
@@ -930,6 +938,13 @@ def assess(options: argparse.Namespace) -> Path:
         check_heldout(log, heldout)
     judge = heldout or log
     policies = [open_policy(folder, bool(log.choices)) for folder in dict.fromkeys(options.runs)]
+    for policy in policies:
+        learned = policy.info["config"]["dataset"]
+        if learned != options.dataset:
+            raise UserError(
+                f"{policy.label} learned from {learned}, not from {options.dataset}: DATASET is what runs"
+                " learned from, --heldout what none has seen"
+            )
     for number, policy in enumerate(policies):
         if policy.label in {other.label for other in policies[:number]} | {LOGGED, CLONE}:
             policy.label += f" ({number + 1})"

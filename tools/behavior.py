@@ -16,6 +16,7 @@ is that of the training, `versions` are those of the measurement.
 """
 
 import argparse
+import dataclasses
 import importlib
 import sys
 from pathlib import Path
@@ -117,7 +118,11 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
+        if not (options.run / "run.json").is_file():
+            raise sac.UserError(f"{options.run} is no folder of a run")
         info = sac.read_saved(options.run / "run.json")
+        if info["config"].keys() != {field.name for field in dataclasses.fields(sac.Config)}:
+            raise sac.UserError(f"{options.run} is no run of algorithms/collect/sac.py")
         target = options.output_dir / info["config"]["environment"].partition("-")[0].lower()
         publish(options.run, info, target, options.medium)
     except (sac.UserError, OSError) as error:

@@ -634,8 +634,9 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--retries", type=int, default=5, help="Ray: of a run whose machine died (5)")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "results/runs", help="where run folders go")
     options = parser.parse_args(arguments)
-    if options.address and options.engine != "ray":
-        parser.error("--address is for --engine ray")
+    theirs = options.address, options.cpus, options.gpus, options.retries
+    if options.engine != "ray" and theirs != (None, 1, 0, 5):
+        parser.error("--address, --cpus, --gpus and --retries are for --engine ray")
     if options.processes is not None and options.processes < 1:
         parser.error("--processes has to be at least 1")
     options.output_dir = options.output_dir.absolute()

@@ -151,20 +151,21 @@ def draw(expected: np.ndarray, actual: np.ndarray, name: str, doubts: dict[str, 
     axes = figure.subplots(1, 1 + bool(doubts), squeeze=False)[0]
     for dimension in range(expected.shape[1]):
         line = binned(expected[:, dimension], actual[:, dimension])
-        axes[0].plot(*line, color=COLORS[0], lw=0.8, alpha=0.5)
+        axes[0].plot(*line, color=COLORS[0], lw=0.8, alpha=0.5, label=None if dimension else "one dimension")
     pooled = binned(expected.ravel(), actual.ravel())
-    axes[0].plot(*pooled, "o-", color=COLORS[1], lw=2, ms=4)
+    axes[0].plot(*pooled, "o-", color=COLORS[1], lw=2, ms=4, label="all dimensions")
     ends = [min(map(min, pooled)), max(map(max, pooled))]
-    axes[0].plot(ends, ends, color="#888888", lw=1, ls="--")
+    axes[0].plot(ends, ends, color="#888888", lw=1, ls="--", label="as expected")
     axes[0].set(xscale="log", yscale="log", xlabel="expected error, in deviations of the target",
                 ylabel="actual error", title="Does the model know where it errs?")
     for axis in (axes[0].xaxis, axes[0].yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_locator(LogLocator(subs=(1,)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
+    axes[0].legend()
     if doubts:
         draw_doubts(axes[1], doubts)
-        axes[1].set(xlabel=name, ylabel="share of steps", title="Doubts")
+        axes[1].set(xlabel=f"{name} (last bar: all beyond)", ylabel="share of steps", title="Doubts")
         if limit is not None:
             axes[1].axvline(limit, color="#888888", lw=1, ls="--", label="halts beyond")
         axes[1].legend()

@@ -93,11 +93,12 @@ def explain(runs: dict, known: dict) -> None:
     print("\n" + table.to_string(float_format="{:.2f}".format, na_rep="unknown", col_space=9))
     episodes, (low, high) = runs["BC"]["config"]["final_eval_episodes"], references(runs, known)
     print(f"\nMeans over {episodes} episodes after the last update, of one training seed.")
-    recipe = known.get("recipe")  # of a maze that Reef has filled
-    least, most = (" (a random policy)", " (the planner, told the goal)") if recipe else ("", "")
+    recipe = known.get("recipe") or {}
+    maze = "goals" in recipe  # that Reef has filled
+    least, most = (" (a random policy)", " (the planner, told the goal)") if maze else ("", "")
     if None not in (low, high):
         print(f"Score 0 is a return of {low:.1f}{least}, score 100 one of {high:.1f}{most}.")
-    if recipe and not recipe["goals"]:
+    if maze and not recipe["goals"]:
         print(
             "The data: a planner on its way from one random place to the next; where to, they don't say.\n"
             "BC imitates it, and so goes nowhere in particular. TD3+BC and IQL also read the rewards in the\n"
@@ -152,7 +153,7 @@ def draw_curves(axis, folders: dict, runs: dict, known: dict, data_return: float
     axis.set_title(f"{what.capitalize()} while training (◆ final)")
     axis.set_xlim(left=0)
     axis.set_xlabel("gradient updates")
-    axis.set_ylabel(what + " (0: random policy, 100: planner)" * ("recipe" in known))
+    axis.set_ylabel(what + " (0: random policy, 100: planner)" * ("goals" in (known.get("recipe") or {})))
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.legend(loc="upper left", bbox_to_anchor=(0, 0.95), frameon=False, labelcolor="linecolor")

@@ -125,7 +125,7 @@ def store(name: str, episodes: list[EpisodeBuffer], **metadata) -> None:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("source", help="Minari id, on this machine or on the hub")
+    parser.add_argument("source", help="Minari id, on this machine")
     parser.add_argument("target", help="Minari id of the copy")
     options = parser.parse_args(arguments)
     return exit_status("end_at_goal.py", end_at_goal, options.source, options.target)

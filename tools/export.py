@@ -35,6 +35,7 @@ import onnx
 import onnxruntime
 import torch
 from assess import UserError, names_of, open_run
+from datasets_choices import image_of
 from torch import Tensor, nn
 
 CHECKED = 1000  # observations
@@ -120,7 +121,7 @@ def gather_observations(learner, choices: bool, dataset, flatten) -> tuple[np.nd
     if dataset is not None:
         raw = states or planes
         seen = [
-            np.asarray(episode.observations) if raw else flatten(episode.observations)
+            np.asarray(image_of(episode.observations)) if raw else flatten(episode.observations)
             for episode in dataset.iterate_episodes()
         ]
         seen = np.concatenate(seen)

@@ -28,6 +28,7 @@ import minari
 import numpy as np
 import onnxruntime
 import pandas as pd
+from common import UserError, exit_status
 from gymnasium.spaces import Box, Discrete
 from minari.data_collector import EpisodeBuffer
 
@@ -90,6 +91,8 @@ class Exported:
     """A policy.onnx of tools/export.py as a policy of the plant: by the names that are in the file."""
 
     def __init__(self, file: str):
+        if not Path(file).is_file():
+            raise UserError(f"{file}: no such file; tools/export.py writes it")
         self.session = onnxruntime.InferenceSession(file)
         known = self.session.get_modelmeta().custom_metadata_map
         self.columns = json.loads(known["observation_names"])
@@ -152,7 +155,7 @@ def go_live(dataset: str, file: str, decisions: Path, batches: int, seed: int) -
     """New batches, each by lot the policy's or the operator's, added to a Minari dataset for shadow.py."""
     share = float(pd.read_csv(decisions)["next_share"].iloc[-1])
     if not share:
-        sys.exit(f"plant.py: {decisions} allows no share")
+        raise UserError(f"{decisions} allows no share")
     policy = Exported(file)
     warnings.filterwarnings("ignore", category=UserWarning, module="minari")  # no author, no environment
     known = dataset in minari.list_local_datasets()
@@ -187,7 +190,16 @@ def go_live(dataset: str, file: str, decisions: Path, batches: int, seed: int) -
     print(f"{dataset}: {batches:,} batches more, {canary.sum():,} of them the policy's (share {share:g})")
 
 
-def main(arguments: list[str]) -> None:
+def run(options: argparse.Namespace) -> None:
+    if options.part == "log":
+        write_log(options.file, options.batches, options.seed)
+    elif options.part == "truth":
+        tell_truth(options.policies, options.batches, options.seed)
+    else:
+        go_live(options.dataset, options.policy, options.decisions, options.batches, options.seed)
+
+
+def main(arguments: list[str]) -> int:
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parts = parser.add_subparsers(dest="part", required=True)
@@ -200,14 +212,8 @@ def main(arguments: list[str]) -> None:
     for part, batches in ((log, 6000), (truth, 2000), (live, 500)):
         part.add_argument("--batches", type=int, default=batches)
         part.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    if options.part == "log":
-        write_log(options.file, options.batches, options.seed)
-    elif options.part == "truth":
-        tell_truth(options.policies, options.batches, options.seed)
-    else:
-        go_live(options.dataset, options.policy, options.decisions, options.batches, options.seed)
+    return exit_status("plant.py", run, parser.parse_args(arguments))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

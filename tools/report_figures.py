@@ -19,9 +19,9 @@ from report_statistics import Cell, Comparison, by_suite
 BASELINE = "bc"  # the data's own worth
 OFFLINE = 0.25  # as wide as this share of the online phase
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8B6FD6", "#9A7D0A", "#808080"]  # on light and dark
-DASHES = ["-", "--", ":", "-."]
+DASHES = ["-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)), (0, (9, 2)), (0, (1, 4))]
 LOOKS = [  # some eyes take one of the last three colors for one of the first four: they differ in dashes, too
-    (DASHES[(turn + i // 4) % 4], color) for turn in range(4) for i, color in enumerate(COLORS)]
+    (DASHES[(turn + i // 4) % 7], color) for turn in range(7) for i, color in enumerate(COLORS)]
 STYLE = {"axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False, "font.size": 9,
          "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6", "axes.axisbelow": True,
          "legend.frameon": False, "pdf.fonttype": 42}
@@ -73,7 +73,7 @@ def draw_aggregates(comparisons: list[Comparison], look: dict) -> Figure:
                     axis.plot(estimate.value, place, "o", color=look[name][1], ms=6)
         left.set_yticks(range(len(one.cells)), one.cells)
         left.set_ylim(len(one.cells) - 0.4, -0.6)
-        left.set_title(f"{one.suite}: IQM (datasets: {len(one.datasets)})")
+        left.set_title(f"{one.suite}\nIQM (datasets: {len(one.datasets)})")
         right.set_visible(any((name, baseline) in one.improvement for name in one.cells))
         right.set_title(f"P(better than {baseline})")
         right.set_xlim(-0.03, 1.03)

@@ -152,6 +152,8 @@ def gather(runs: Path) -> None:
             problem = f"its record cannot be read: {error!r:.150}"
         if problem:
             print(f"skipped {file.parent}: {problem}")
+    if not gathered:
+        print(f"no finished run of a config in {runs}: nothing is gathered")
     everything = dict(list(read_scores().groupby(KEY))) | gathered
     for algorithm in sorted({key[1] for key in gathered}):
         ours = sorted(key for key in everything if key[1] == algorithm)

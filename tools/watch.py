@@ -197,6 +197,8 @@ def watch(options: argparse.Namespace) -> None:
     if not options.no_video:
         choose_renderer()
     script, info = open_run(options.run)
+    if not (options.run / "checkpoint.pt").is_file():
+        raise UserError(f"{options.run} has no checkpoint.pt, where the policy is")
     config = info["config"]
     began = time.perf_counter()
     torch.set_num_threads(1)  # a policy's products are small
