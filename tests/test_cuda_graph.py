@@ -47,6 +47,8 @@ def graph(monkeypatch):
         def wait_stream(self, other):
             pass
 
+    learner.cards = []
+    monkeypatch.setattr(torch.cuda, "set_device", learner.cards.append)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
@@ -65,6 +67,11 @@ def graph(monkeypatch):
 
 def call(graph, size: int, doubled: bool = False, share: float = 1.0) -> float:
     return float(graph({"rows": torch.full((size,), 3.0)}, doubled, torch.tensor(share))["sum"])
+
+
+def test_the_card_of_the_parameters_becomes_the_current_one(graph):
+    """Streams and graphs are made on it: those of another card would capture nothing."""
+    assert graph.learner.cards == [next(graph.learner.weight.parameters()).device]
 
 
 def test_three_eager_calls_then_replays_of_new_inputs(graph):

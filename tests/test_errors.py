@@ -51,6 +51,8 @@ ARGUMENTS = {
     "--seed": ["--seed: expected one argument", "--help"],
     "--seed 1 --compile": ["--compile: expected one argument", "--help"],
     "--seed 1 2": ["unknown field 2", "--help"],
+    "environment=Hopper-v5": ["unknown field environment=Hopper-v5: did you mean environment?"],
+    "-seed=3": ["unknown field -seed=3: did you mean seed?"],
     "--seed 2.5": ["seed: 2.5 is not int"],
     "--seed -1": ["seed: -1", "[0, "],
     "--seed 4294967296": ["seed:", "[0, 4294967295]"],

@@ -136,6 +136,10 @@ SUCCESS = {
     "never at the last step": (lambda step, length, first: step < length, lambda length: float(length > 1)),
     "only in what is not counted": (lambda step, length, first: not first, lambda length: 0.0),
     "a numpy bool": (lambda step, length, first: np.bool_(step == length), lambda length: 1.0),
+    "told only where there is one": (
+        lambda step, length, first: np.bool_(True) if step == length == 3 else None,
+        lambda length: float(length == 3),
+    ),
     "a number": (lambda step, length, first: 0.5 * (step == length), lambda length: 0.5),
 }
 

@@ -197,7 +197,7 @@ to sort and to switch: open it in a browser. [report.py](../../tools/report.py) 
 
 Bars that do not overlap are no proof: with a few seeds these intervals are too narrow, and exclude equality
 too often. "Better" is said where a permutation test agrees; of 3 seeds on a single dataset it says 0.1 at
-best, and the IQM is their mean. That many pairs are compared is not corrected for.
+best. That many pairs are compared is not corrected for.
 
 {comparisons}
 

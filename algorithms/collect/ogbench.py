@@ -400,7 +400,7 @@ def parse_config(arguments: list[str]) -> Config:
         parser = pyrallis.argparsing.ArgumentParser(Config, allow_abbrev=False, exit_on_error=False)
     try:
         config, unknown = parser.parse_known_args(arguments)
-        decode_config({word.lstrip("-").partition("=")[0]: None for word in unknown})
+        decode_config({word[2:].partition("=")[0] if word[:2] == "--" else word: None for word in unknown})
     except UserError:
         raise
     except Exception as error:  # argparse, yaml and the disk have no error in common

@@ -644,7 +644,7 @@ def load_dataset(name: str) -> minari.MinariDataset:
     known = {"/".join(file.with_suffix("").parts[-3:]) for file in configs.glob("*/*/*/*/*-v[0-9].yaml")}
     near = difflib.get_close_matches(name, known - {name}, 2)
     if local:
-        advice = f"minari delete {name}, then get it anew ({advice})"
+        advice = f"if its files are damaged, minari delete {name}, then {advice}"
     elif near:
         advice = f"did you mean {' or '.join(near)}? Else {advice}"
     with explain(f"cannot load {name}", advice):
@@ -718,7 +718,7 @@ def parse_config(arguments: list[str]) -> Config:
         parser = pyrallis.argparsing.ArgumentParser(Config, allow_abbrev=False, exit_on_error=False)
     try:
         config, unknown = parser.parse_known_args(arguments)
-        decode_config({word.lstrip("-").partition("=")[0]: None for word in unknown})
+        decode_config({word[2:].partition("=")[0] if word[:2] == "--" else word: None for word in unknown})
     except UserError:
         raise
     except Exception as error:  # argparse, yaml and the disk have no error in common

@@ -581,17 +581,17 @@ class Run:
             raise UserError(f"another process is at work in {self.folder}") from None
         self.info, seconds = self.read_info(), 0.0
         if (self.folder / "checkpoint.pt").exists():
-            checkpoint = read_saved(self.folder / "checkpoint.pt")
-            restore(learner, checkpoint)
-            self.metrics, self.evaluations = checkpoint["metrics"], checkpoint["evaluations"]
-            seconds = checkpoint["seconds"]
-            torch.set_rng_state(checkpoint["rng"])
-            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+            saved = read_saved(self.folder / "checkpoint.pt")
+            restore(learner, saved)
+            self.metrics, self.evaluations, seconds = map(saved.get, ("metrics", "evaluations", "seconds"))
+            torch.set_rng_state(saved["rng"])
+            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+            if self.info.get("dataset_hash") != facts.get("dataset_hash"):
+                raise UserError(f"{self.folder} learned from other data of this name: take another --variant")
             print(f"resumed at update {learner.updates:,}")
             for key in [key for key in facts if self.info.get(key) != facts[key]]:
                 print(f"resumed with {key} {facts[key]}, begun with {self.info.get(key)}: maybe other bits")
-            commits = [*self.info.get("commit", "").split(), facts["commit"]]
-            facts["commit"] = " ".join(dict.fromkeys(commits))  # every one that took part
+            facts["commit"] = " ".join(dict.fromkeys([*self.info.get("commit", "").split(), facts["commit"]]))
         self.saved = self.printed = self.mark = time.perf_counter()
         self.began, self.marked = self.mark - seconds, learner.updates
         config = dataclasses.asdict(self.config)
@@ -767,8 +767,7 @@ def provenance(device: torch.device) -> dict:
     versions |= {name: installed[name] for name in names if name in installed}
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     hardware = cpuinfo.partition("model name\t: ")[2].partition("\n")[0]
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware
     hardware = f"{device.type}: {hardware}"
     return {"commit": commit, "device": hardware, "threads": torch.get_num_threads(), "versions": versions}
 
@@ -811,7 +810,7 @@ def parse_config(arguments: list[str]) -> Config:
         parser = pyrallis.argparsing.ArgumentParser(Config, allow_abbrev=False, exit_on_error=False)
     try:
         config, unknown = parser.parse_known_args(arguments)
-        decode_config({word.lstrip("-").partition("=")[0]: None for word in unknown})
+        decode_config({word[2:].partition("=")[0] if word[:2] == "--" else word: None for word in unknown})
     except UserError:
         raise
     except Exception as error:  # argparse, yaml and the disk have no error in common

@@ -89,8 +89,8 @@ class Config:
     reward_scale: float = 1.0  # the learner sees reward_scale * r + reward_shift
     reward_shift: float = 0.0  # see reward_scale
     environment: Optional[str] = None  # Gymnasium id to evaluate in; null: the dataset's own
-    ref_min: Optional[float] = None  # return that scores 0; null: the dataset's own
-    ref_max: Optional[float] = None  # return that scores 100; null: the dataset's own
+    ref_min: Optional[float] = None  # return that scores 0, if the dataset names none
+    ref_max: Optional[float] = None  # return that scores 100, if the dataset names none
     eval_every: Count = 5000  # updates between evaluations
     eval_episodes: Count = 10  # episodes of an evaluation along the way
     final_eval_episodes: Count = 100  # episodes of the evaluation that is the score
@@ -344,6 +344,7 @@ class CudaGraph:
     """
 
     def __init__(self, learner):
+        torch.cuda.set_device(optimizers(learner)[0].param_groups[0]["params"][0].device)  # not the first
         self.learner, self.learn, self.stream = learner, learner.learn, torch.cuda.Stream()
         self.calls, self.graphs = {}, {}
 
@@ -362,8 +363,8 @@ class CudaGraph:
 
     def set_up(self, steppers: list[torch.optim.Optimizer], *inputs) -> dict[str, Tensor]:
         for group in [group for optimizer in steppers for group in optimizer.param_groups]:
-            device, group["capturable"] = group["params"][0].device, True
-            group["lr"] = torch.as_tensor(group["lr"], device=device)  # schedules write there
+            lr = torch.as_tensor(group["lr"], device=group["params"][0].device)  # schedules write there
+            group |= {"capturable": True, "lr": lr}
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             result = self.learn(*inputs)
@@ -387,10 +388,9 @@ def compile_methods(learner, *names: str) -> bool:
     if not shutil.which(os.environ.get("CXX", "g++")):
         print("no C++ compiler (g++) here: the losses are not compiled, which is slower", file=sys.stderr)
         return False
+    options = {"fallback_random": True}  # eager's numbers are faster here, and the same as uncompiled
     for name in names:
-        # eager's random numbers are faster here, and the same as uncompiled
-        method = torch.compile(getattr(learner, name), dynamic=False, options={"fallback_random": True})
-        setattr(learner, name, method)
+        setattr(learner, name, torch.compile(getattr(learner, name), dynamic=False, options=options))
     if optimizers(learner)[0].param_groups[0]["params"][0].is_cuda:
         learner.learn = CudaGraph(learner)
     return True
@@ -407,7 +407,7 @@ def load_dataset(name: str) -> minari.MinariDataset:
     known = {"/".join(file.with_suffix("").parts[-3:]) for file in configs.glob("*/*/*/*/*-v[0-9].yaml")}
     near = difflib.get_close_matches(name, known - {name}, 2)
     if local:
-        advice = f"minari delete {name}, then get it anew ({advice})"
+        advice = f"if its files are damaged, minari delete {name}, then {advice}"
     elif near:
         advice = f"did you mean {' or '.join(near)}? Else {advice}"
     with explain(f"cannot load {name}", advice):
@@ -619,12 +619,13 @@ def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, s
                 ended = terminations | truncations
                 last = infos.get("final_info", {})  # of an episode's last step; `infos` is the next one's
                 reported = np.where(ended, last.get("success", math.nan), infos.get("success", math.nan))
-                success = np.where(running, np.fmax(success, reported), success)  # that of any step
+                success = np.where(running, np.fmax(success, reported.astype(float)), success)  # of any step
                 returns += running * rewards
                 lengths += running
                 running &= ~ended
             rounds.append(pd.DataFrame({"return": returns, "length": lengths, "success": success}))
-    return pd.concat(rounds, ignore_index=True)[:episodes]
+    table = pd.concat(rounds, ignore_index=True)[:episodes]
+    return table.fillna({"success": 0.0}) if table["success"].notna().any() else table
 
 
 def support_gap(act: Callable, data: dict[str, Tensor], scaler: Scaler) -> float:
@@ -678,17 +679,17 @@ class Run:
             raise UserError(f"another process is at work in {self.folder}") from None
         self.info, seconds = self.read_info(), 0.0
         if (self.folder / "checkpoint.pt").exists():
-            checkpoint = read_saved(self.folder / "checkpoint.pt")
-            restore(learner, checkpoint)
-            self.metrics, self.evaluations = checkpoint["metrics"], checkpoint["evaluations"]
-            seconds = checkpoint["seconds"]
-            torch.set_rng_state(checkpoint["rng"])
-            torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
+            saved = read_saved(self.folder / "checkpoint.pt")
+            restore(learner, saved)
+            self.metrics, self.evaluations, seconds = map(saved.get, ("metrics", "evaluations", "seconds"))
+            torch.set_rng_state(saved["rng"])
+            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+            if self.info.get("dataset_hash") != facts.get("dataset_hash"):
+                raise UserError(f"{self.folder} learned from other data of this name: take another --variant")
             print(f"resumed at update {learner.updates:,}")
             for key in [key for key in facts if self.info.get(key) != facts[key]]:
                 print(f"resumed with {key} {facts[key]}, begun with {self.info.get(key)}: maybe other bits")
-            commits = [*self.info.get("commit", "").split(), facts["commit"]]
-            facts["commit"] = " ".join(dict.fromkeys(commits))  # every one that took part
+            facts["commit"] = " ".join(dict.fromkeys([*self.info.get("commit", "").split(), facts["commit"]]))
         self.saved = self.printed = self.mark = time.perf_counter()
         self.began, self.marked = self.mark - seconds, learner.updates
         config = dataclasses.asdict(self.config)
@@ -864,8 +865,7 @@ def provenance(device: torch.device) -> dict:
     versions |= {name: installed[name] for name in names if name in installed}
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     hardware = cpuinfo.partition("model name\t: ")[2].partition("\n")[0]
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware
     hardware = f"{device.type}: {hardware}"
     return {"commit": commit, "device": hardware, "threads": torch.get_num_threads(), "versions": versions}
 
@@ -908,7 +908,7 @@ def parse_config(arguments: list[str]) -> Config:
         parser = pyrallis.argparsing.ArgumentParser(Config, allow_abbrev=False, exit_on_error=False)
     try:
         config, unknown = parser.parse_known_args(arguments)
-        decode_config({word.lstrip("-").partition("=")[0]: None for word in unknown})
+        decode_config({word[2:].partition("=")[0] if word[:2] == "--" else word: None for word in unknown})
     except UserError:
         raise
     except Exception as error:  # argparse, yaml and the disk have no error in common
