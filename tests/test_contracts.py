@@ -1,8 +1,12 @@
-"""What every script's optimisers and first weights are, and what a termination does to values."""
+"""What every script's optimisers and first weights are, what it compiles, and what a termination does to
+values."""
+
+import inspect
+import re
 
 import pytest
 import torch
-from conftest import FINETUNE, OFFLINE, load_script, new_learner
+from conftest import FINETUNE, OFFLINE, ROOT, learner_class, load_script, new_learner
 from torch import nn
 
 OBS, ACT = 3, 2
@@ -124,6 +128,34 @@ def test_other_first_weights_are_noticed(scripts, factor):
         learner.actor.net[0].weight.mul_(factor)
     faults = [fault.split(":")[0] for fault in first_weight_faults(scripts["td3_bc"], learner)]
     assert faults == ["actor.net.0", "critic.layers.1"]
+
+
+# ----------------------------------------------- compiling -----------------------------------------------
+
+COMPILING = sorted(
+    str(path.relative_to(ROOT / "algorithms"))
+    for path in (ROOT / "algorithms").glob("*/*.py")
+    if "def compile_methods(" in path.read_text()
+)
+AS_THEY_ARE = {"language/lamo.py": {"actor_loss"}}  # its update as one CUDA graph, or eager
+
+
+def compiled_methods(script) -> list[str]:
+    """Names, however spelt, that `train` gives to `compile_methods`, itself or by a tuple of methods."""
+    lines = re.findall(r"(?:compile_methods\(learner|methods =)(.*)", inspect.getsource(script.train))
+    return re.findall(r'"(.*?)"', " ".join(lines))
+
+
+def test_there_are_scripts_that_compile():
+    assert {"context/dpt.py", "discrete/dqn.py", "finetune/wsrl.py", "offline/iql.py"} <= {*COMPILING}
+
+
+@pytest.mark.parametrize("path", COMPILING)
+def test_train_compiles_every_loss_by_its_name(path):
+    script = load_script(path)
+    losses = {name for name in dir(learner_class(script)) if name.endswith("_loss") or name == "target_q"}
+    assert losses
+    assert sorted(compiled_methods(script)) == sorted(losses - AS_THEY_ARE.get(path, set()))
 
 
 # ------------------------------------------------ endings ------------------------------------------------

@@ -302,7 +302,7 @@ def test_states_and_planes_are_embedded_as_the_siblings_do(kind):
 # -------------------------------------------------- runs --------------------------------------------------
 
 
-@pytest.mark.parametrize(("quantile", "low", "high"), [(1.0, 0.9, 1.0), (0.0, 0.0, 0.1)])
+@pytest.mark.parametrize(("quantile", "low", "high"), [(1.0, 0.8, 1.0), (0.0, 0.0, 0.1)])
 def test_it_goes_where_episodes_of_the_asked_return_went(walk, tmp_path, quantile, low, high):
     """Two of three walks end left, for 0, the others right, for 1: asked for either it goes there."""
     fields = {"updates": 400, "actor_lr": 3e-3, "warmup_updates": 50, "context": 4, "hidden_dim": 16}

@@ -101,6 +101,42 @@ def test_halves_share_no_episode_and_lose_none():
     assert again["rewards"].tolist() == first["rewards"].tolist() != other["rewards"].tolist()
 
 
+def one_steps(name: str) -> dict:
+    """Fields of a short fit to twelve steps, of rewards 0 to 11, each taken with probability .5."""
+    episodes = [course([0, 3], [i % 3], [i], propensity=[0.5]) for i in range(12)]
+    fields = {"dataset": store(name, episodes).id, "policies": "uniform", "resamples": 10}
+    return fields | {"hidden_dim": 4, "members": 2, "updates": 1}
+
+
+@pytest.mark.equation(5)
+def test_the_critic_is_fitted_to_the_half_that_it_does_not_correct(minari_root, tmp_path, monkeypatch):
+    seen, fit, correct = {}, script.fit_critics, script.temporal_errors
+
+    def fit_critics(config, dataset, log, *rest):
+        seen["fitted"] = log["rewards"][:, 0]
+        return fit(config, dataset, log, *rest)
+
+    def temporal_errors(log, *rest):
+        seen["corrected"] = log["rewards"][:, 0]
+        return correct(log, *rest)
+
+    monkeypatch.setattr(script, "fit_critics", fit_critics)
+    monkeypatch.setattr(script, "temporal_errors", temporal_errors)
+    fields = one_steps("test/logs/crossed-v0")
+    script.correct_critics(script.Config(output_dir=str(tmp_path), **fields))
+    assert (len(seen["fitted"]), len(seen["corrected"])) == (6, 6)
+    assert sorted([*seen["fitted"], *seen["corrected"]]) == [*range(12)]
+
+
+@pytest.mark.equation(1)
+def test_what_the_policy_would_rather_do_counts_for_more(minari_root, tmp_path):
+    """Ratios (1/3) / .5; upside down they would be 1.5."""
+    fields = one_steps("test/logs/unlikely-v0")
+    script.correct_critics(script.Config(output_dir=str(tmp_path), **fields))
+    (file,) = tmp_path.rglob("values.csv")
+    assert pd.read_csv(file)["mean_weight"].to_numpy() == pytest.approx(2 / 3)
+
+
 def test_one_episode_has_no_halves():
     with pytest.raises(script.UserError, match="one episode"):
         script.halves({"rewards": np.ones((1, 2)), "mask": np.ones((1, 2), bool)}, 0)

@@ -165,9 +165,9 @@ def test_the_value_is_the_policys_not_the_logs(minari_root):
     episodes = [course([0, 3], [a], [3.0 * (a == 2)]) for a in range(3)] * 10
     dataset = store("test/logs/choice-v0", episodes)
     _, curve, _ = fit(dataset, 800, 1.0)
-    assert curve["value"].iloc[-1] == pytest.approx(1, abs=0.3)
+    assert curve["value"].iloc[-1] == pytest.approx(1, abs=0.05)
     _, curve, _ = fit(dataset, 800, 1.0, lambda observations: np.tile([0.0, 0, 1], (len(observations), 1)))
-    assert curve["value"].iloc[-1] == pytest.approx(3, abs=0.9)
+    assert curve["value"].iloc[-1] == pytest.approx(3, abs=0.05)
 
 
 def test_the_value_ahead_is_that_of_the_allowed(minari_root):
@@ -203,7 +203,7 @@ def test_the_interval_widens_with_the_spread_of_episodes(minari_root):
         dataset = store(f"test/logs/{name}-v0", episodes)
         _, curve, _ = fit(dataset, 600, 1.0, lambda seen: np.repeat(one, len(seen), 0))
         widths.append(curve["high"].iloc[-1] - curve["low"].iloc[-1])
-    assert widths[0] > 1.5 * widths[1]
+    assert widths[0] > 5 * widths[1]
 
 
 def test_the_same_seed_gives_the_same_value(minari_root):

@@ -353,6 +353,19 @@ def test_the_table(minari_root, run_script, tmp_path):
     assert (folder / "config.yaml").exists()
 
 
+@pytest.mark.equation(1)
+def test_what_the_policy_would_rather_do_counts_for_more(minari_root, tmp_path):
+    """Ratios (1/3) / .5 and (1/3) / .25, rewards 1 and 0; upside down they would be 1.5 and .75."""
+    episodes = [course([0, 3], [0], [1], propensity=[0.5]), course([0, 3], [1], [0], propensity=[0.25])]
+    store("test/logs/unlike-v0", episodes)
+    fields = {"dataset": "test/logs/unlike-v0", "policies": "uniform", "resamples": 10}
+    script.weigh_episodes(script.Config(output_dir=str(tmp_path), **fields))
+    (file,) = tmp_path.rglob("values.csv")
+    table = pd.read_csv(file)
+    assert table["mean_weight"].to_numpy() == pytest.approx(1)
+    assert table["value"].to_numpy() == pytest.approx(1 / 3)  # the mean weight is 1: weighted or not
+
+
 def test_ranks():
     names = {"policy": list("abab"), "estimator": ["IS", "IS", "WIS", "WIS"]}
     table = pd.DataFrame(names | {"value": [1, 2, 4, 3]})
