@@ -718,7 +718,7 @@ def test_a_measurement_is_of_the_sampled_policy_in_new_episodes(monkeypatch):
 
 def test_what_cannot_be_published_ends_in_one_line(ladder, tmp_path, capsys):
     shutil.rmtree(ladder / "ladder")
-    for folder, words in ((tmp_path / "nowhere", "run.json"), (ladder, "has no ladder yet")):
+    for folder, words in ((tmp_path / "nowhere", "is no folder of a run"), (ladder, "has no ladder yet")):
         assert behavior.main([str(folder), f"--output_dir={tmp_path / 'behavior'}"]) == 2
         stdout, stderr = capsys.readouterr()
         assert (stdout, len(stderr.splitlines())) == ("", 1)
