@@ -88,6 +88,8 @@ lint: .venv/complete
 .venv/complete: requirements.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || \
 		{ echo "Reef needs Python 3.11 or newer, and $(PYTHON) is not: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c "import os, sysconfig; os.stat(sysconfig.get_path('include') + '/Python.h')" 2>/dev/null || \
+		echo "no Python.h: install python3-dev, or give every run --compile false" >&2
 	$(PYTHON) -m venv --clear .venv
 	$(RUN) -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' requirements.txt)
 	$(RUN) -m pip install -r requirements.txt

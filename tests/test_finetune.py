@@ -140,7 +140,8 @@ def test_control_c_saves_at_the_end_of_the_episode(tune, whole, brief, tmp_path,
     with monkeypatch.context() as patch:
         at_update(SCRIPTS["cql"], patch, 25, lambda: os.kill(os.getpid(), signal.SIGINT))
         status, _, err = tune("cql", *words("cql", brief, tmp_path))
-    assert (status, err) == (130, "cql.py: interrupted; the same command goes on from what is saved\n")
+    said = "interrupted; the same command goes on from what is saved, or begins anew"
+    assert (status, err) == (130, f"cql.py: {said}\n")
     saved = checkpoint(place(tmp_path, "cql", brief))
     assert saved["updates"] == UPDATES + 10 * PER_STEP - 1  # after the tenth step's first update
     assert saved["state"]["explorer"]["steps"] == 10

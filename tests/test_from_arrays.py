@@ -393,6 +393,27 @@ def test_choices_in_several_columns_are_asked_for(tabled, refused, tmp_path):
     assert dataset.action_space.high.tolist() == [1, 10]
 
 
+def test_combinations_of_many_columns(tabled):
+    """70 columns of two choices are 2^70 combinations, more than an int64 tells apart; three occur."""
+    rows = np.arange(40)
+    bits = {f"action_{i}": (rows % 3 == i % 3).astype(int) for i in range(70)}
+    table = pd.DataFrame({"observation_0": rows, **bits, "reward": 1.0, "termination": True})
+    table = table.assign(truncation=False)
+    dataset, episodes, _ = tabled(table, "--choices", "joint")
+    assert dataset.action_space == gym.spaces.Discrete(3)
+    assert reads(episodes, "actions") == [2 - row % 3 for row in range(40)]  # sorted: action_2 comes first
+    first = dataset.storage.metadata["action_names"][0].split(", ")
+    assert first == [f"action_{i}={int(i % 3 == 2)}" for i in range(70)]
+
+
+def test_too_many_combinations_of_many_columns(refused, tmp_path):
+    wide = np.random.default_rng(0).integers(2, size=(101, 70))
+    table = pd.DataFrame({"observation_0": np.arange(101), "reward": 1.0, "termination": True})
+    table = table.assign(truncation=False, **{f"action_{i}": column for i, column in enumerate(wide.T)})
+    table.to_csv(tmp_path / "log.csv", index=False)
+    assert "actions are 101 combinations" in refused(tmp_path / "log.csv", "csv", "--choices", "joint")
+
+
 def test_choices_and_quantities_do_not_mix(refused, tmp_path):
     table = make_table().assign(action_1=[*"bbaabbab"])
     table.to_csv(tmp_path / "log.csv", index=False)
@@ -524,6 +545,14 @@ def test_what_another_episode_saw_last_stands_for_nothing(imported):
     assert "episodes left out, as a value is missing in them: 1\n" in out
 
 
+@pytest.mark.parametrize("missing", ["drop", "carry"])
+@pytest.mark.parametrize("column", ["observation_1", "action_0", "reward"])
+def test_where_every_row_lacks_a_value_no_episode_is_left(refused, tmp_path, column, missing):
+    gappy(*((row, column) for row in range(8))).to_csv(tmp_path / "log.csv", index=False)
+    line = refused(tmp_path / "log.csv", "csv", "--missing", missing)
+    assert f"no episode is left: a value is missing in every row ({column} 8)" in line
+
+
 def test_missing_words_and_choices(tabled):
     table = make_table(action_0=[*"bbaabba", None], shift=["x", None, "y", "x", "y", "x", "y", "y"])
     names = ("--observations", "shift", "--missing", "carry")
@@ -559,6 +588,25 @@ def test_gaps_may_cut_episodes(tabled):
     _, episodes, out = tabled(timed(), "--gaps", "cut")
     assert [episode.rewards.tolist() for episode in episodes] == [[3.5, 4.5], [6.5], [0.5, 1.5, 2.5]]
     assert "each the end of an episode now: 1\n" in out
+    assert [episode.truncations[-1] for episode in episodes] == [True, True, False]
+
+
+def test_a_cut_is_no_lost_termination(tabled):
+    """Its row has the flag of a truncation, and is not counted as an end without one."""
+    table = make_table(observation_0=np.arange(8), timestamp=[0, 10, 20, 0, 10, 90, 100, 110])
+    table = table.assign(episode_id=[0, 0, 0, 1, 1, 1, 1, 1], truncation=[False] * 7 + [True])
+    _, episodes, out = tabled(table, "--gaps", "cut")
+    assert [len(episode.rewards) for episode in episodes] == [3, 1, 2]
+    assert "each the end of an episode now: 1\n" in out
+    assert "WARNING" not in out
+    assert "without a flag" not in out
+
+
+def test_a_cut_does_not_make_up_a_flag_that_is_missing(refused, tmp_path):
+    table = make_table(timestamp=[0, 10, 20, 0, 10, 90, 100, 110], episode_id=[0, 0, 0, 1, 1, 1, 1, 1])
+    table = table.assign(truncation=[False] * 4 + [None] + [False] * 3)
+    table.to_csv(tmp_path / "log.csv", index=False)
+    assert "truncation is missing" in refused(tmp_path / "log.csv", "csv", "--gaps", "cut")
 
 
 def test_times_may_be_dates(tabled):

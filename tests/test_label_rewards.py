@@ -1,13 +1,14 @@
 """algorithms/collect/label_rewards.py: equations beside linear programs and logarithms, datasets, errors."""
 
 import dataclasses
+import re
 import sys
 
 import gymnasium as gym
 import minari
 import numpy as np
 import pytest
-from conftest import load_script
+from conftest import ROOT, load_script
 from minari.data_collector import EpisodeBuffer
 from scipy.optimize import linear_sum_assignment, linprog
 from scipy.special import logsumexp
@@ -239,6 +240,22 @@ def test_uds_of_two_logs_has_the_labelled_first(store, call):
     assert [round(one.rewards.mean()) for one in read()] == [3, 2, 0, 0]
 
 
+def test_the_commands_take_demonstrations_whole(store, call):
+    """Four of them are fewer than the ten that are the best of a log of many."""
+    store("my/log-v0", [walk(12, 1), walk(12, 2)])
+    store("my/good-v0", [walk(12, level) for level in range(4)])
+    for text in (script.__doc__, (ROOT / "docs/data.md").read_text()):
+        command = re.search(r"label_rewards\.py (--source .* --demonstrations .*\\\n.*)", text)[1]
+        words = command.replace("\\\n", " ").replace("mine/", "my/").split()
+        options = dict(zip(words[::2], words[1::2]))
+        assert options["--count"] == "0"
+        options |= {"--source": "my/log-v0", "--dataset": "my/labelled-v0"}
+        status, out, _ = call(*(word for option in options.items() for word in option))
+        assert status == 0
+        assert "one of 4 demonstrations" in out
+        minari.delete_dataset("my/labelled-v0")
+
+
 def test_otr_labels_every_episode_by_its_nearest_demonstration(store, call):
     bare, shown = [walk(12, 0), walk(5, 0)], [walk(8, 1), walk(12, 3), walk(12, 2)]
     store("my/log-v0", bare)
@@ -304,7 +321,7 @@ def test_the_environment_goes_along(call):
     [
         (["--method", "best"], "method: 'best' is not uds or otr"),
         (["--method", "uds", "--fill", "mean"], "fill: 'mean' is not zero or minimum"),
-        (["--count", "9"], "count: there are 2 episodes to choose from, not 9"),
+        (["--count", "9"], "count: there are 2 episodes to choose from, not 9; --count 0 takes all"),
         (["--source", "my/none-v0"], "cannot load my/none-v0"),
         (["--demonstrations", "my/wide-v0", "--count", "1"], "has [(4,)], but my/log-v0 has [(3,)]"),
         (["--method", "uds", "--demonstrations", "my/wide-v0", "--count", "1"], "my/wide-v0 has (Box"),

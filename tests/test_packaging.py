@@ -60,7 +60,7 @@ def test_readme_names_commands_python_and_packages():
     readme = text("README.md")
     assert all(command in readme for command in COMMANDS)
     assert "TORCH_INDEX" in readme
-    needs = [f"Python {PYTHON}", *PACKAGES]
+    needs = [f"Python {PYTHON}", *PACKAGES, "python3-dev"]  # which the Dockerfile's image has
     paragraphs = re.split(r"\n\s*\n", readme)
     assert any(all(need in paragraph for need in needs) for paragraph in paragraphs), f"none names {needs}"
 
@@ -245,3 +245,21 @@ def test_an_old_or_missing_python_is_one_clear_line(sandbox, python):
     assert first.startswith(f"Reef needs Python {PYTHON} or newer, and {python} is not")
     assert [line.split(":")[0] for line in rest] == ["make"]  # make's own word that the recipe failed
     assert not (folder / ".venv").exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_without_pythons_headers_there_is_a_warning(sandbox, there):
+    """A run would compile its losses, and end in Inductor's traceback."""
+    folder, _ = sandbox
+    if there:
+        (folder / "include").mkdir()
+        (folder / "include/Python.h").touch()
+    elsewhere = f"import sys, sysconfig; sysconfig.get_path = '{folder}/{{}}'.format; exec(sys.argv[1])"
+    stub = (folder / "python").read_text()
+    assert f'exec {sys.executable} "$@"' in stub
+    stub = stub.replace(f'exec {sys.executable} "$@"', f'exec {sys.executable} -c "{elsewhere}" "$2"')
+    (folder / "python").write_text(stub)
+    result = make("test", "PYTHON=./python", cwd=folder)
+    warning = "no Python.h: install python3-dev, or give every run --compile false\n"
+    assert (result.returncode, result.stderr) == (0, "" if there else warning)
+    assert (folder / "log").read_text().splitlines() == MADE

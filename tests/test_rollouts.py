@@ -307,6 +307,20 @@ def test_references_are_those_of_the_table():
 # What it leaves on the disk
 
 
+@pytest.mark.parametrize("name", ["AdroitHandPen-v1", "PointMaze_UMaze-v3"])
+def test_environments_of_gymnasium_robotics_are_known(name, tmp_path):
+    """In a process of its own, where nobody else has registered them; a maze leaves no temporary file."""
+    make = f"import rollouts; env = rollouts.open_environment({name!r}); print(env.spec.id)"
+    environ = {**os.environ, "PYTHONPATH": "algorithms/collect", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", make]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    if name.startswith("PointMaze"):  # whose observations are a Dict
+        assert f"environment: {name} has not vectors (Box) as observations" in done.stderr
+    else:
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{name}\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_second_call_does_nothing_and_another_recipe_is_refused(call, folder, tmp_path, roots, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(roots[1]))
     before = {path: path.stat().st_mtime_ns for path in roots[1].rglob("*")}

@@ -41,6 +41,7 @@ from runs import (  # noqa: E402
 
 pytest_plugins = ["runs"]
 NEVER = ("never", 0)
+INTERRUPTED = "interrupted; the same command goes on from what is saved, or begins anew"
 # A script for each form of `train` and of batch; Ctrl-C and a resume are tested for all.
 KILLED = ["diffuser", "dt", "idql", "iql", "mopo", "q_chunking", "rebrac", "td3_bc"]
 
@@ -202,7 +203,7 @@ def test_interrupted_and_killed_processes_of_their_own(pendulum, tmp_path, sigin
         saved.append(checkpoint(folder)["updates"])
         table = pd.read_csv(folder / "metrics.csv")
         if signal_number == signal.SIGINT:
-            assert err == "td3_bc.py: interrupted; the same command goes on from what is saved\n"
+            assert err == f"td3_bc.py: {INTERRUPTED}\n"
             assert saved[-1] >= table["update"].max()
         else:
             assert f"resumed at update {before:,}\n" in out
@@ -220,7 +221,7 @@ def test_control_c_saves_the_update_under_way(
     with monkeypatch.context() as patch:
         at_update(scripts[name], patch, 13, lambda: os.kill(os.getpid(), signal.SIGINT))
         status, _, err = call(name, *arguments)
-    assert (status, err) == (130, f"{name}.py: interrupted; the same command goes on from what is saved\n")
+    assert (status, err) == (130, f"{name}.py: {INTERRUPTED}\n")
     assert checkpoint(folder)["updates"] == 13
     assert record(folder)["status"] == "running"
     status, out, _ = call(name, *arguments)

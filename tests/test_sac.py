@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from conftest import load_script, new_learner
+from conftest import ROOT, load_script, new_learner
 from oracles import ACT, BATCH, CPU, OBS, assert_loss_and_gradient, gaussian, q_values, squashed, weights
 from test_runs import equal
 from torch import nn
@@ -233,6 +234,17 @@ def test_what_the_explorer_stores(name, random):
     assert len(np.unique(action)) == 34
     assert np.abs(stored["actions"]).max() <= 1
     assert (np.abs(stored["actions"]).max() > 0.9) >= random
+
+
+@pytest.mark.parametrize("name", ["AdroitHandPen-v1", "PointMaze_UMaze-v3"])
+def test_environments_of_gymnasium_robotics_are_known(name, tmp_path):
+    """In a process of its own, where nobody else has registered them; a maze leaves no temporary file."""
+    make = f"import sac; environments = sac.make_simulators({name!r}, 2); print(environments.num_envs)"
+    environ = {**os.environ, "PYTHONPATH": "algorithms/collect", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", make]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2\n", "")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_buffer_keeps_the_newest_rows_as_given():
@@ -706,7 +718,7 @@ def test_a_measurement_is_of_the_sampled_policy_in_new_episodes(monkeypatch):
 
 def test_what_cannot_be_published_ends_in_one_line(ladder, tmp_path, capsys):
     shutil.rmtree(ladder / "ladder")
-    for folder, words in ((tmp_path / "nowhere", "run.json"), (ladder, "has no ladder yet")):
+    for folder, words in ((tmp_path / "nowhere", "is no folder of a run"), (ladder, "has no ladder yet")):
         assert behavior.main([str(folder), f"--output_dir={tmp_path / 'behavior'}"]) == 2
         stdout, stderr = capsys.readouterr()
         assert (stdout, len(stderr.splitlines())) == ("", 1)

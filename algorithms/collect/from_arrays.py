@@ -479,24 +479,24 @@ def check_choices(log: Log, array: np.ndarray, space: Discrete) -> list[str]:
 
 def number_choices(log: Log, columns: dict) -> tuple[np.ndarray, list[str]]:
     """Numbers [N, 1] of the combinations that occur in columns of words or numbers, and their names."""
-    joint, absent, words = 0, False, {}
+    codes, words = [], {}
     for name, values in columns.items():
-        codes, found = pd.factorize(np.ravel(values), sort=True)  # -1: missing
+        numbers, found = pd.factorize(np.ravel(values), sort=True)  # -1: missing
         words[name] = [value if isinstance(value, str) else f"{value:.0f}" for value in found]
-        joint = joint * len(found) + codes
-        absent = absent | (codes < 0)
-    found, numbers = np.unique(np.where(absent, -1, joint), return_inverse=True)
-    combinations, names = found[found >= 0], []
+        codes.append(numbers)
+    codes = np.stack(codes, axis=1)
+    absent = (codes < 0).any(1)
+    combinations, numbers = np.unique(codes[~absent], axis=0, return_inverse=True)
     if len(combinations) > MAX_WORDS:
         raise log.fault(f"actions are {len(combinations):,} combinations; at most {MAX_WORDS} are a choice")
+    names = []
     for combination in combinations:
-        parts = []
-        for name in reversed(words):
-            combination, word = divmod(combination, len(words[name]))
-            parts.append(f"{name}={words[name][word]}" if len(words) > 1 else words[name][word])
-        names.append(", ".join(reversed(parts)))
-    numbers = numbers - absent.any()  # what is missing came first
-    return np.where(absent, np.nan, numbers)[:, None], names
+        parts = {name: words[name][code] for name, code in zip(words, combination)}
+        named = [f"{name}={word}" for name, word in parts.items()]
+        names.append(", ".join(named if len(parts) > 1 else parts.values()))
+    actions = np.full((len(absent), 1), np.nan)
+    actions[~absent, 0] = numbers
+    return actions, names
 
 
 # ---------------------------------------------- The episodes ----------------------------------------------
@@ -556,7 +556,10 @@ def find_ends(log: Log, fields: dict) -> np.ndarray:
 
 
 def find_gaps(config: Config, log: Log, fields: dict, ends: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """The last rows of episodes, with `gaps: cut` also those before a gap in time; and what was found."""
+    """The last rows of episodes, with `gaps: cut` also those before a gap in time; and what was found.
+
+    Rows where it cuts get the flag of a truncation.
+    """
     times = fields["timestamps"]
     if times is None or len(ends) == len(times):
         return ends, []
@@ -571,6 +574,9 @@ def find_gaps(config: Config, log: Log, fields: dict, ends: np.ndarray) -> tuple
     found = f"gaps in time, steps of up to {steps.max():g} where {usual:g} is usual"
     if config.gaps == "keep":
         return ends, [f"{found}, kept as they are (--gaps cut ends episodes there): {len(gaps):,}"]
+    truncations = fields["truncations"].copy()  # the file's own may be read-only
+    truncations[gaps] = np.maximum(truncations[gaps], 1)  # nan, a missing flag, stays
+    fields["truncations"] = truncations
     return np.union1d(ends, gaps), [f"{found}, each the end of an episode now: {len(gaps):,}"]
 
 
@@ -603,6 +609,8 @@ def mend_missing(config: Config, log: Log, fields: dict, ends: np.ndarray) -> tu
         carry_observations(fields, ends)
         lacking = lacks_value(fields)
         notes.append(f"rows mended by what was last observed in their episodes: {before - lacking.sum():,}")
+    if lacking.all():
+        raise log.fault(f"no episode is left: a value is missing in every row ({counts:.400})")
     return lacking, notes
 
 
@@ -1028,7 +1036,7 @@ def main(action: Callable[[Config], None]) -> None:
     except (UserError, OSError) as error:
         message, status = f"{error}", 3 if isinstance(error, Diverged) else 2
     except KeyboardInterrupt:
-        message, status = "interrupted; the same command goes on from what is saved", 130
+        message, status = "interrupted; the same command goes on from what is saved, or begins anew", 130
     print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 

@@ -27,7 +27,8 @@ rewards to returns that span 1,000, which is left to the learner (IQL's `normali
 that a step has in their code comes to the same rewards. `normalize_states` is ours, for logs whose columns
 have units of their own.
 
-  python algorithms/collect/label_rewards.py --source my/logs-v0 --demonstrations my/good-v0 --dataset my/a-v0
+  python algorithms/collect/label_rewards.py --source my/logs-v0 --demonstrations my/good-v0 --count 0 \\
+      --dataset my/a-v0
 """
 
 import contextlib
@@ -206,7 +207,8 @@ def choose_best(config: Config, episodes: list) -> list:
         problem = f"all episodes of {config.source} have the same return, so none is known to be good"
         raise UserError(f"{problem}; name a dataset of good ones, --demonstrations")
     if config.count > len(episodes):
-        raise UserError(f"count: there are {len(episodes)} episodes to choose from, not {config.count}")
+        problem = f"count: there are {len(episodes)} episodes to choose from, not {config.count}"
+        raise UserError(f"{problem}; --count 0 takes all")
     best = np.argsort(-returns, kind="stable")[: config.count or len(episodes)]
     return [episodes[i] for i in np.sort(best)]
 
@@ -428,7 +430,7 @@ def main(action: Callable[[Config], None]) -> None:
     except (UserError, OSError) as error:
         message, status = f"{error}", 3 if isinstance(error, Diverged) else 2
     except KeyboardInterrupt:
-        message, status = "interrupted; the same command goes on from what is saved", 130
+        message, status = "interrupted; the same command goes on from what is saved, or begins anew", 130
     print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 

@@ -27,7 +27,9 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import importlib
 import inspect
+import io
 import math
 import multiprocessing
 import os
@@ -163,8 +165,10 @@ def read_returns(folder: str) -> dict[str, float]:
 
 def open_environment(name: str) -> gym.Env:
     """The environment, if its observations are vectors and its actions bounded vectors."""
+    with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
+        gym.register_envs(importlib.import_module("gymnasium_robotics"))  # mazes, hands and kitchen
     try:
-        env = gym.make(name)
+        env = make_clean(name)
     except Exception as error:  # environments raise whatever they like
         raise UserError(f"environment: cannot make {name}: {error!r:.200}") from None
     spaces = env.observation_space, env.action_space
@@ -172,6 +176,12 @@ def open_environment(name: str) -> gym.Env:
     if not vectors or not env.action_space.is_bounded():
         raise UserError(f"environment: {name} has not vectors (Box) as observations and bounded actions")
     return env
+
+
+def make_clean(environment: str | gym.envs.registration.EnvSpec, **kwargs) -> gym.Env:
+    """gym.make in a temporary folder of its own, where gymnasium-robotics leaves a file of each maze."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch("tempfile.tempdir", folder):
+        return gym.make(environment, **kwargs)
 
 
 def play(
@@ -478,7 +488,7 @@ def main(action: Callable[[Config], None]) -> None:
     except (UserError, OSError) as error:
         message, status = f"{error}", 3 if isinstance(error, Diverged) else 2
     except KeyboardInterrupt:
-        message, status = "interrupted; the same command goes on from what is saved", 130
+        message, status = "interrupted; the same command goes on from what is saved, or begins anew", 130
     print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 

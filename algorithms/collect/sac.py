@@ -37,6 +37,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -325,9 +326,11 @@ def read_ladder(folder: Path, updates: int) -> list[dict[str, Tensor]]:
 
 def make_simulators(name: str, count: int) -> gym.vector.VectorEnv:
     """`count` environments side by side, of vectors (or Dicts of them) and bounded vectors as actions."""
+    with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()):  # it prints a notice
+        gym.register_envs(importlib.import_module("gymnasium_robotics"))  # mazes, hands and kitchen
     try:
         mode = gym.vector.AutoresetMode.SAME_STEP
-        makers = [partial(gym.make, name)] * count
+        makers = [partial(make_clean, name)] * count
         simulators = gym.vector.SyncVectorEnv(makers, copy=False, autoreset_mode=mode)
     except Exception as error:  # environments raise whatever they like
         raise UserError(f"environment: cannot make {name}: {error!r:.200}") from None
@@ -337,6 +340,12 @@ def make_simulators(name: str, count: int) -> gym.vector.VectorEnv:
     if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
         raise UserError(f"environment: the actions of {name} are no vectors with bounds: {space}")
     return simulators
+
+
+def make_clean(environment: str | gym.envs.registration.EnvSpec, **kwargs) -> gym.Env:
+    """gym.make in a temporary folder of its own, where gymnasium-robotics leaves a file of each maze."""
+    with tempfile.TemporaryDirectory() as folder, mock.patch("tempfile.tempdir", folder):
+        return gym.make(environment, **kwargs)
 
 
 class ReplayBuffer:
@@ -883,7 +892,7 @@ def main(action: Callable[[Config], None]) -> None:
     except (UserError, OSError) as error:
         message, status = f"{error}", 3 if isinstance(error, Diverged) else 2
     except KeyboardInterrupt:
-        message, status = "interrupted; the same command goes on from what is saved", 130
+        message, status = "interrupted; the same command goes on from what is saved, or begins anew", 130
     print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 

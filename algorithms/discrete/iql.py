@@ -1038,7 +1038,7 @@ def main(action: Callable[[Config], None]) -> None:
     except (UserError, OSError) as error:
         message, status = f"{error}", 3 if isinstance(error, Diverged) else 2
     except KeyboardInterrupt:
-        message, status = "interrupted; the same command goes on from what is saved", 130
+        message, status = "interrupted; the same command goes on from what is saved, or begins anew", 130
     print(f"{Path(__file__).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
