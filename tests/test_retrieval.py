@@ -173,6 +173,24 @@ def test_uniform_logits_cost_ln_of_the_actions():
     assert learner.actor_loss(batch_of())[0].item() == pytest.approx(np.log(ACTIONS))
 
 
+def test_the_step_size_warms_up_and_gradients_are_cut():
+    learner, rates = make(actor_lr=1e-3, warmup_updates=4, gradient_norm=0.01), []
+    for _ in range(6):
+        rates.append(learner.actor_optimizer.param_groups[0]["lr"])
+        metrics = learner.update(batch_of())
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+    assert metrics["actor/gradient_norm"] > 0.01
+    length = sum(float(parameter.grad.square().sum()) for parameter in learner.actor.parameters()) ** 0.5
+    assert length == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_batch_is_learned():
+    """Down the slope of the loss, not up: by a quarter at least."""
+    learner = make(actor_lr=3e-3, warmup_updates=1)
+    losses = [learner.update(batch_of())["actor/loss"].item() for _ in range(40)]
+    assert losses[-1] < 0.75 * losses[0]
+
+
 def test_what_comes_later_changes_nothing_before():
     learner, batch = make(), batch_of()
     kept, weights = found_by(learner, batch)
