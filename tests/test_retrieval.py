@@ -65,7 +65,7 @@ def by_brute_force(learner, batch: dict, row: int) -> list[tuple[int, float]]:
         twin = any(np.dot(other, before) > 1 - 1e-6 for before in theirs[:place])
         if batch["memory_real"][row, place] and not twin and ours @ other <= c.too_alike:
             alike[place] = ours @ other  # (3)
-    earned = earned / max(earned.max(), 1)
+    earned = earned / max(earned.max(), 1)  # G_max: at least 1
     found = sorted(alike, key=lambda place: -alike[place] - 1e-6 * earned[place])[: c.found]
     useful = {place: alike[place] + earned[place] for place in found}  # (4)
     kept = sorted(useful, key=lambda place: -useful[place])[: c.kept]
@@ -80,9 +80,12 @@ def found_by(learner, batch: dict) -> tuple[dict, torch.Tensor]:
 
 @pytest.mark.equation(2, 3, 4, 5)
 @pytest.mark.parametrize("seed", range(5))
-def test_neighbours_and_weights_are_those_of_brute_force(seed):
+@pytest.mark.parametrize("scale", [1, 0.01])  # of rewards: what earned most earned more than 1, or less
+def test_neighbours_and_weights_are_those_of_brute_force(seed, scale):
     learner, batch = make(), batch_of(memories=9, seed=seed)
-    batch["past"], batch["memory_rewards"] = batch["past"] + 1, torch.rand(3, 9, STEPS)  # no two are equal
+    batch["past"], batch["memory_rewards"] = batch["past"] + 1, torch.rand(3, 9, STEPS) * scale  # all differ
+    most = batch["memory_rewards"].sum(-1).amax(1)
+    assert ((most > 1) == (scale == 1)).all()
     kept, weights = found_by(learner, batch)
     for row in range(3):
         for rank, (place, weight) in enumerate(by_brute_force(learner, batch, row)):
