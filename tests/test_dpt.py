@@ -125,6 +125,24 @@ def test_equal_logits_cost_ln_5():
     assert learner.actor_loss(batch())[0].item() == pytest.approx(math.log(5), abs=1e-6)
 
 
+def test_the_step_size_warms_up_and_gradients_are_cut():
+    learner, rates = small(actor_lr=1e-3, warmup_updates=4, gradient_norm=0.01), []
+    for _ in range(6):
+        rates.append(learner.actor_optimizer.param_groups[0]["lr"])
+        metrics = learner.update(batch())
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+    assert metrics["actor/gradient_norm"] > 0.01
+    length = sum(float(parameter.grad.square().sum()) for parameter in learner.actor.parameters()) ** 0.5
+    assert length == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_batch_is_learned():
+    """Down the slope of the loss, not up: by a quarter at least."""
+    learner = small(actor_lr=3e-3, warmup_updates=1)
+    losses = [learner.update(batch())["actor/loss"].item() for _ in range(40)]
+    assert losses[-1] < 0.75 * losses[0]
+
+
 # ------------------------------------------------- tasks --------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from conftest import load_script, new_learner
 from oracles import (
     ACT,
     OBS,
+    Constant,
     assert_acts,
     assert_compiled_is_eager,
     assert_loss_and_gradient,
@@ -85,29 +86,27 @@ def test_critic_loss(batch, rows, monkeypatch, members, entropy):
 
 
 @pytest.mark.equation(1)
-def test_two_of_ten_are_drawn_anew_for_every_update(batch):
-    """Each as often as the others, and never one twice."""
-    learner, pairs = make(critics=10, discount=1.0, entropy_backup=False), []
+def test_two_of_ten_are_drawn_anew_for_every_update(batch, monkeypatch):
+    """Each as often as the others, never one twice; the target is the least of these two and of no others."""
+    learner = make(critics=10, discount=1.0, entropy_backup=False)
+    learner.target_critic = Constant([[2.0**member] * 3 for member in range(10)])  # its value tells a member
+    learner.critic = Constant([[0.0] * 3] * 10)
+    batch |= {"rewards": torch.zeros(3), "terminations": torch.zeros(3)}
+    randperm, orders = torch.randperm, []
 
-    class Members:
-        """Stands in for the target: member i values everything at 2^i."""
+    def noted(*words, **options):
+        orders.append(randperm(*words, **options))
+        return orders[-1]
 
-        def __call__(self, observations, actions):
-            return 2.0 ** torch.arange(10.0)[:, None].expand(10, len(actions))
-
-    randperm = torch.randperm
-    learner.target_critic = Members()
+    monkeypatch.setattr(torch, "randperm", noted)
     torch.manual_seed(0)
-    try:
-        torch.randperm = lambda *words, **options: (pairs.append(randperm(*words, **options)), pairs[-1])[1]
-        for _ in range(300):
-            learner.critic_loss(batch)
-    finally:
-        torch.randperm = randperm
-    drawn = np.stack([order[:2].numpy() for order in pairs])
+    losses = [learner.critic_loss(batch)[0].item() for _ in range(300)]
+    drawn = np.stack([order[:2].numpy() for order in orders])
     assert drawn.shape == (300, 2)
     assert (drawn[:, 0] != drawn[:, 1]).all()
     assert np.bincount(drawn.ravel(), minlength=10).min() > 30  # of 60
+    missed = 2.0 ** drawn.min(axis=1)  # the target, by each of the ten
+    assert losses == pytest.approx(10 * missed**2)
 
 
 @pytest.mark.equation(3)

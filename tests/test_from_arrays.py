@@ -115,6 +115,7 @@ def assert_steps(episode, log: dict, rows: list[int], seen: list[int]) -> None:
 # Episodes
 
 
+@pytest.mark.equation(1, 2)
 @pytest.mark.parametrize("form", FORMS)
 def test_without_next_observations(imported, form):
     log = make_log()

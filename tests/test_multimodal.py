@@ -100,6 +100,7 @@ def test_what_is_on_the_ring_and_which_sectors_are_covered():
 # Losses and samples
 
 
+@pytest.mark.equation(1)
 def test_1_gaussian():
     policy = ring.Gaussian(2)
     mean, log_std = np.array([[[0.1, -0.3]], [[0.5, 0.2]]]), np.array([[[-0.5, 0.3]], [[0.1, -1.0]]])
@@ -118,6 +119,7 @@ def alpha_bars() -> np.ndarray:
     return np.exp(-0.1 * times - 4.95 * times**2)
 
 
+@pytest.mark.equation(2, 3)
 def test_2_3_diffusion_loss():
     policy = with_line(ring.Diffusion(2))
     np.testing.assert_allclose(policy.alpha_bar, alpha_bars(), rtol=1e-5)
@@ -130,6 +132,7 @@ def test_2_3_diffusion_loss():
     np.testing.assert_allclose(policy.loss(tensor(ACTIONS)), wanted, rtol=1e-5)
 
 
+@pytest.mark.equation(4)
 def test_4_diffusion_samples():
     """By Bayes: a likelihood and a prior, both normal, around the clipped x_0."""
     policy, bars = with_line(ring.Diffusion(2)), alpha_bars()
@@ -147,6 +150,7 @@ def test_4_diffusion_samples():
     np.testing.assert_allclose(policy.sample(tensor(start)), clean, atol=1e-4)
 
 
+@pytest.mark.equation(5)
 def test_5_flow_loss():
     policy = with_line(ring.Flow(2))
     torch.manual_seed(5)
@@ -163,11 +167,13 @@ def follow(x: np.ndarray) -> np.ndarray:
     return x
 
 
+@pytest.mark.equation(6)
 def test_6_flow_samples():
     noise = np.random.default_rng(0).normal(size=(2, 5, 2))
     np.testing.assert_allclose(with_line(ring.Flow(2)).sample(tensor(noise)), follow(noise), rtol=1e-4)
 
 
+@pytest.mark.equation(7)
 def test_7_one_step_flow():
     """It learns from the flow alone, and does not move it."""
     flow = ring.Flow(2)

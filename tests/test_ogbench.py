@@ -93,6 +93,26 @@ def test_the_point_drives_to_the_next_cell():
         np.testing.assert_allclose(navigator.act(), [0.6 + noise * eps[0], -0.8 + noise * eps[1]], atol=1e-6)
 
 
+@pytest.mark.equation(2)
+def test_actions_are_cut_before_the_simulator_gets_them(monkeypatch):
+    wanted, taken = iter([[0.5, -3.0], [1.25, 0.1234567], [-1.0, 1.0]]), []
+
+    def step(action):
+        taken.append(action)
+        return np.zeros(2), 0.0, False, False, {"prev_qpos": np.zeros(2), "success": False}
+
+    world = types.SimpleNamespace(maze_map=np.array(MAZE))
+    env = types.SimpleNamespace(unwrapped=world, reset=lambda **_: (np.zeros(2), {}), step=step)
+    monkeypatch.setattr(ogbench, "make_world", lambda config: env)
+    monkeypatch.setattr(ogbench, "make_clean", lambda *_, **__: None)
+    monkeypatch.setattr(ogbench, "label_play", lambda judge, observations, actions, states: actions)
+    monkeypatch.setattr(ogbench, "HORIZON", 3)
+    monkeypatch.setattr(ogbench.Navigator, "act", lambda _: np.array(next(wanted)))
+    (actions,) = ogbench.play_shard(ogbench.Config(world="pointmaze-medium"), np.random.SeedSequence(0), 1)
+    np.testing.assert_array_equal(actions, np.float32([[0.5, -1], [1, 0.123457], [-1, 1]]))
+    np.testing.assert_array_equal(taken, actions)
+
+
 @pytest.mark.parametrize(
     ("y", "z", "seen"),
     [(0.0, 0.02, True), (0.28, 0.3, True), (0.29, 0.02, False), (-0.3, 0.02, False), (-0.35, 0.066, True),

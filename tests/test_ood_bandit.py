@@ -101,11 +101,13 @@ def test_support_gap_is_the_mean_distance_to_the_data():
 # Losses
 
 
+@pytest.mark.equation(1)
 def test_1_fits_the_rewards(line):
     loss = bandit.critic_loss(line, tensor(ACTIONS), tensor(REWARDS))
     np.testing.assert_allclose(loss.detach(), ((A * ACTIONS + B - REWARDS) ** 2).mean(1), rtol=1e-5)
 
 
+@pytest.mark.equation(2)
 def test_2_adds_the_push(line, monkeypatch):
     monkeypatch.setattr(bandit, "CQL_WEIGHT", 0.7)
     torch.manual_seed(3)
@@ -117,6 +119,7 @@ def test_2_adds_the_push(line, monkeypatch):
     np.testing.assert_allclose(loss.detach(), fit + 0.7 * push, rtol=1e-5)
 
 
+@pytest.mark.equation(2)
 def test_2_draws_actions_from_all_of_the_range(line):
     seen = []
 
@@ -134,17 +137,20 @@ def test_2_draws_actions_from_all_of_the_range(line):
     assert float(unseen.std()) == pytest.approx(3**-0.5, abs=0.02)
 
 
+@pytest.mark.equation(1, 2)
 def test_2_without_weight_is_1(line, monkeypatch):
     monkeypatch.setattr(bandit, "CQL_WEIGHT", 0.0)
     data = tensor(ACTIONS), tensor(REWARDS)
     assert torch.equal(bandit.cql_critic_loss(line, *data), bandit.critic_loss(line, *data))
 
 
+@pytest.mark.equation(3)
 def test_3_climbs_q(line):
     loss = bandit.actor_loss(line, tensor(CHOSEN), tensor(ACTIONS))
     np.testing.assert_allclose(loss.detach(), -(A * CHOSEN + B)[:, 0], rtol=1e-5)
 
 
+@pytest.mark.equation(4)
 def test_4_climbs_q_by_its_own_size_and_stays(line, monkeypatch):
     monkeypatch.setattr(bandit, "ALPHA", 0.3)
     chosen = tensor(CHOSEN).requires_grad_()

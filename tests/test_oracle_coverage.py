@@ -1,8 +1,9 @@
 """Every numbered equation of a script's docstring has an oracle test, which says so.
 
-`@pytest.mark.equation(1, 2)` on a test of tests/test_NAME.py claims the equations (1) and (2) of
-algorithms/offline/NAME.py; tests/test_finetune_NAME.py is for algorithms/finetune/NAME.py, and claims what
-those tests claim that it imports. A claim is only as good as the test that makes it, but none is forgotten.
+`@pytest.mark.equation(1, 2)` on a test of tests/test_NAME.py claims the equations (1) and (2) of the script
+NAME.py; tests/test_finetune_NAME.py is for algorithms/finetune/NAME.py, as discrete/ has its own, and claims
+what those tests claim that it imports. A claim is only as good as the test that makes it, but none is
+forgotten.
 """
 
 import ast
@@ -10,22 +11,22 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import FINETUNE, OFFLINE, ROOT
-
-PAIRS = {f"offline/{name}.py": f"tests/test_{name}.py" for name in OFFLINE}
-PAIRS |= {f"finetune/{name}.py": f"tests/test_finetune_{name}.py" for name in FINETUNE}
-OTHERS = dict.fromkeys(("evaluate", "language", "context"), "tests/test_{}.py")  # their tests
-OTHERS["discrete"] = "tests/test_discrete_{}.py"
-COLLECTORS = ("dark_room", "label_rewards", "minatar", "screens", "sentiment", "sepsis")
-PAIRS |= {f"{family}/{path.name}": tests.format(path.stem)
-          for family, tests in OTHERS.items() for path in sorted((ROOT / "algorithms" / family).glob("*.py"))}
-PAIRS |= {f"collect/{name}.py": f"tests/test_{name}.py" for name in COLLECTORS}
+from conftest import ROOT
 
 
 def equations(script: Path) -> set[int]:
     """Numbers at the beginning of the lines of the docstring."""
     docstring = ast.get_docstring(ast.parse(script.read_text()))
     return {int(number) for number in re.findall(r"^ *\((\d+)\)", docstring, re.MULTILINE)}
+
+
+def oracles_of(script: Path) -> str:
+    family, name = script.parent.name, script.stem
+    return f"tests/test_{family}_{name}.py" if family in ("discrete", "finetune") else f"tests/test_{name}.py"
+
+
+SCRIPTS = [script for script in sorted(ROOT.glob("algorithms/*/*.py")) if equations(script)]
+PAIRS = {f"{script.parent.name}/{script.name}": oracles_of(script) for script in SCRIPTS}
 
 
 def claims(tests: Path) -> dict[str, set[int]]:
@@ -60,6 +61,12 @@ def test_every_equation_has_an_oracle_test(script):
     check(ROOT / "algorithms" / script, ROOT / PAIRS[script])
 
 
+def test_scripts_of_all_families_have_tests_of_their_own():
+    families = {path.name for path in (ROOT / "algorithms").iterdir() if [*path.glob("*.py")]}
+    assert {script.split("/")[0] for script in PAIRS} == families
+    assert len({*PAIRS.values()}) == len(PAIRS)
+
+
 def test_the_check_reads_docstrings():
     assert equations(ROOT / "algorithms/offline/td3_bc.py") == {1, 2, 3, 4, 5, 6}
     assert equations(ROOT / "algorithms/offline/bcq.py") == {1, 2, 3, 4, 5, 6, 7, 8}
@@ -72,11 +79,11 @@ def test_one_equation_more_or_fewer_fails(tmp_path, script):
     copy.write_text(source)
     check(copy, tests)
     last = max(equations(copy))
-    copy.write_text(source.replace("\n\nDifferences", f"\n  ({last + 1})  x = y\n\nDifferences", 1))
+    copy.write_text(source.replace(f"\n  ({last})  ", f"\n  ({last + 1})  x = y\n  ({last})  ", 1))
     with pytest.raises(AssertionError, match=rf"no oracle test of \[{last + 1}\]"):
         check(copy, tests)
     copy.write_text(source.replace(f"\n  ({last})  ", "\n  ", 1))
-    with pytest.raises(AssertionError, match=rf"tests \[{last}\], which"):
+    with pytest.raises(AssertionError, match=rf"tests \[{last}\], which|no numbered equations"):  # of one
         check(copy, tests)
     copy.write_text('"""Nothing (1) here."""\n')
     with pytest.raises(AssertionError, match="no numbered equations"):

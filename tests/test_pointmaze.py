@@ -127,6 +127,7 @@ def main(tmp_path, monkeypatch, capsys):
 # The planner
 
 
+@pytest.mark.equation(1)
 @pytest.mark.parametrize("maze", pointmaze.MAZES)
 def test_every_cell_has_a_shortest_way_to_every_other(maze):
     world = pointmaze.make_environment(pointmaze.Config(maze=maze), evaluation=True).unwrapped
@@ -144,6 +145,7 @@ def test_every_cell_has_a_shortest_way_to_every_other(maze):
             assert length[following] == max(length[cell] - 1, 0)
 
 
+@pytest.mark.equation(2)
 def test_the_planner_pushes_along_the_corridor_and_brakes():
     world = pointmaze.make_environment(pointmaze.Config(), evaluation=True).unwrapped
     planner, centre = pointmaze.Planner(world.maze), world.maze.cell_rowcol_to_xy
@@ -169,6 +171,63 @@ def test_without_noise_it_always_gets_there(maze, goal_conditioned):
     assert random["return_mean"] < 0.3 * horizon
 
 
+@pytest.mark.equation(3)
+def test_noise_comes_on_actions_before_they_are_cut(monkeypatch):
+    """A planner that wants (0, 1): of the second entry half would be above 1."""
+    monkeypatch.setattr(pointmaze.Planner, "act", lambda *_: np.array([0.0, 1.0]))
+    (episode,) = pointmaze.collect(pointmaze.Config(noise=0.1), np.random.SeedSequence(0), 300)
+    free, cut = episode.actions.T
+    assert free.mean() == pytest.approx(0, abs=0.02)
+    assert free.std() == pytest.approx(0.1, rel=0.15)
+    assert cut.max() == 1
+    assert (cut == 1).mean() == pytest.approx(0.5, abs=0.1)
+    below = 1 - cut[cut < 1]
+    assert np.sqrt(np.mean(below**2)) == pytest.approx(0.1, rel=0.2)
+    assert abs(np.corrcoef(free[1:], free[:-1])[0, 1]) < 0.2  # drawn anew in every step
+    assert abs(np.corrcoef(free, cut)[0, 1]) < 0.2
+
+
+@pytest.mark.equation(4)
+@pytest.mark.parametrize("maze", ["umaze", "medium"])
+def test_goals_are_near_the_centres_of_all_cells(maze):
+    world = pointmaze.make_environment(pointmaze.Config(maze=maze), evaluation=True).unwrapped
+    planner, rng = pointmaze.Planner(world.maze), np.random.default_rng(0)
+    free = {(i, j) for i, row in enumerate(world.maze.maze_map) for j, cell in enumerate(row) if cell != 1}
+    count = 200 * len(free)
+    goals = np.array([planner.draw_goal(rng, range(world.maze.map_width)) for _ in range(count)])
+    middle = np.array(np.shape(world.maze.maze_map)) / 2  # (0, 0); cells are 1 m wide, and y points up
+    cells = np.floor([middle[0] - goals[:, 1], middle[1] + goals[:, 0]]).astype(int)
+    shifts = goals - np.stack([cells[1] + 0.5 - middle[1], middle[0] - cells[0] - 0.5], 1)
+    found, counts = np.unique(cells, axis=1, return_counts=True)
+    assert {*map(tuple, found.T.tolist())} == free
+    assert counts / 200 == pytest.approx(np.ones(len(free)), abs=0.3)  # all of them as often
+    assert 0.24 < np.abs(shifts).max() <= 0.25
+    assert shifts.std(0) == pytest.approx([0.5 / 12**0.5] * 2, rel=0.1)  # uniform
+    assert np.abs(shifts.mean(0)).max() < 0.02
+    assert abs(np.corrcoef(shifts.T)[0, 1]) < 0.1
+
+
+@pytest.mark.equation(4)
+def test_the_next_goal_comes_within_a_tenth_of_a_metre(monkeypatch):
+    """Where the planner stands and what it heads for, step by step, in one episode of each of three seeds."""
+    changes, act = 0, pointmaze.Planner.act
+    for seed in range(3):
+        seen = []
+
+        def noted(planner, position, velocity, goal, seen=seen):
+            seen.append((position.copy(), goal.copy()))
+            return act(planner, position, velocity, goal)
+
+        monkeypatch.setattr(pointmaze.Planner, "act", noted)
+        pointmaze.collect(pointmaze.Config(), np.random.SeedSequence(seed), 300)
+        positions, goals = map(np.array, zip(*seen))
+        reached = np.linalg.norm(positions[1:] - goals[:-1], axis=1) < 0.1
+        changed = (goals[1:] != goals[:-1]).any(1)
+        assert changed.tolist() == reached.tolist()
+        changes += changed.sum()
+    assert changes >= 3
+
+
 # The data
 
 
@@ -185,6 +244,7 @@ def test_the_data_do_not_depend_on_the_number_of_processes(roots, form):
         assert one.storage.metadata[key] == two.storage.metadata[key]
 
 
+@pytest.mark.equation(5)
 def test_plain_episodes(plain):
     episodes = list(plain.iterate_episodes())
     assert plain.total_steps == sum(map(len, episodes)) == 2100  # 7 episodes: 2,000 steps rounded up
@@ -206,6 +266,7 @@ def cell_of(observation: np.ndarray) -> np.ndarray:
     return np.floor([2.5 - observation[1], 2.5 + observation[0]]).astype(int)
 
 
+@pytest.mark.equation(5)
 def test_one_goal_per_episode_explains_its_rewards(plain):
     """The goal isn't in the data, so try all within 0.25 m of the cell's centre (-1, 1)."""
     axis = np.linspace(-0.25, 0.25, 51)

@@ -3,6 +3,7 @@
 import itertools
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,15 @@ import gymnasium as gym
 import minari
 import pandas as pd
 import pytest
-from conftest import random_episodes, short
+from conftest import load_script, random_episodes, short
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = "\n".join(page.read_text() for page in PAGES)
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = re.findall(r"^    \.venv/bin/python algorithms/offline/(\w+)\.py (.+)$", README, re.MULTILINE)
+JOINED = re.sub(r" *\\\n +", " ", README)  # a command that goes on in the next line is one
+COMMANDS = re.findall(r"^    \.venv/bin/python algorithms/(\w+/\w+\.py)(.*)$", JOINED, re.MULTILINE)
+COMMANDS += re.findall(r"`\.venv/bin/python algorithms/(\w+/\w+\.py)([^`]*)`", JOINED)  # within a sentence
 PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
 SHELL = ["".join(pair) for pair in re.findall(r"`([^`\n]+)`|^    (.+)$", PROSE, re.MULTILINE)]  # or indented
 
@@ -54,9 +57,9 @@ def test_your_own_data_in_15_lines(here, call):
     execute(text)
     dataset = minari.load_dataset("mine/pendulum-v0")
     assert (dataset.total_episodes, dataset.total_steps) == (20, 4000)
-    name, arguments = next(pair for pair in COMMANDS if "mine/pendulum-v0" in pair[1])
+    path, arguments = next(pair for pair in COMMANDS if "mine/pendulum-v0" in pair[1])
     small = [argument for argument in short("mine/pendulum-v0", here) if "dataset" not in argument]
-    status, out, err = call(name, *arguments.split(), *small)
+    status, out, err = call(Path(path).stem, *arguments.split(), *small)
     assert status == 0, err
     assert "20 episodes, 4,000 steps" in out
 
@@ -93,11 +96,25 @@ def test_curves_without_wandb(here):
     assert (here / "curves.png").exists()
 
 
-def test_commands_are_real(scripts):
-    assert len(COMMANDS) == 3
-    for name, arguments in COMMANDS:
-        config = scripts[name].parse_config(arguments.replace("configs/", f"{ROOT}/configs/").split())
-        assert config.dataset in arguments
+@pytest.mark.parametrize(("path", "arguments"), sorted({*COMMANDS}))
+def test_commands_are_real(monkeypatch, path, arguments):
+    """Scripts read what stands behind their names: fields, values and the configs' files."""
+    monkeypatch.chdir(ROOT)
+    script, words = load_script(path), shlex.split(arguments)
+    if hasattr(script, "parse_config"):
+        given = dict(zip(words[::2], words[1::2], strict=True))
+        config = script.parse_config(words)
+        assert "--dataset" not in given or given["--dataset"] == config.dataset
+    else:
+        assert not words  # a tutorial
+
+
+def test_every_command_of_a_script_is_seen():
+    assert len(COMMANDS) == README.count("python algorithms/")
+    assert {path.split("/")[0] for path, _ in COMMANDS} >= {"offline", "finetune", "discrete", "evaluate"}
+
+
+def test_targets_of_make_are_told_and_real():
     targets = re.search(r"^\.PHONY:(.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
     called = {found[1] for text in SHELL if (found := re.match(r"make ([a-z-]+)", text))}
     assert called == {*targets} - {"help", "known-dataset", "lint"}

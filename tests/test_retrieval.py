@@ -65,7 +65,7 @@ def by_brute_force(learner, batch: dict, row: int) -> list[tuple[int, float]]:
         twin = any(np.dot(other, before) > 1 - 1e-6 for before in theirs[:place])
         if batch["memory_real"][row, place] and not twin and ours @ other <= c.too_alike:
             alike[place] = ours @ other  # (3)
-    earned = earned / max(earned.max(), 1)
+    earned = earned / max(earned.max(), 1)  # G_max: at least 1
     found = sorted(alike, key=lambda place: -alike[place] - 1e-6 * earned[place])[: c.found]
     useful = {place: alike[place] + earned[place] for place in found}  # (4)
     kept = sorted(useful, key=lambda place: -useful[place])[: c.kept]
@@ -80,9 +80,12 @@ def found_by(learner, batch: dict) -> tuple[dict, torch.Tensor]:
 
 @pytest.mark.equation(2, 3, 4, 5)
 @pytest.mark.parametrize("seed", range(5))
-def test_neighbours_and_weights_are_those_of_brute_force(seed):
+@pytest.mark.parametrize("scale", [1, 0.01])  # of rewards: what earned most earned more than 1, or less
+def test_neighbours_and_weights_are_those_of_brute_force(seed, scale):
     learner, batch = make(), batch_of(memories=9, seed=seed)
-    batch["past"], batch["memory_rewards"] = batch["past"] + 1, torch.rand(3, 9, STEPS)  # no two are equal
+    batch["past"], batch["memory_rewards"] = batch["past"] + 1, torch.rand(3, 9, STEPS) * scale  # all differ
+    most = batch["memory_rewards"].sum(-1).amax(1)
+    assert ((most > 1) == (scale == 1)).all()
     kept, weights = found_by(learner, batch)
     for row in range(3):
         for rank, (place, weight) in enumerate(by_brute_force(learner, batch, row)):
@@ -171,6 +174,24 @@ def test_uniform_logits_cost_ln_of_the_actions():
     torch.nn.init.zeros_(learner.actor.head[1].weight)
     torch.nn.init.zeros_(learner.actor.head[1].bias)
     assert learner.actor_loss(batch_of())[0].item() == pytest.approx(np.log(ACTIONS))
+
+
+def test_the_step_size_warms_up_and_gradients_are_cut():
+    learner, rates = make(actor_lr=1e-3, warmup_updates=4, gradient_norm=0.01), []
+    for _ in range(6):
+        rates.append(learner.actor_optimizer.param_groups[0]["lr"])
+        metrics = learner.update(batch_of())
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+    assert metrics["actor/gradient_norm"] > 0.01
+    length = sum(float(parameter.grad.square().sum()) for parameter in learner.actor.parameters()) ** 0.5
+    assert length == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_batch_is_learned():
+    """Down the slope of the loss, not up: by a quarter at least."""
+    learner = make(actor_lr=3e-3, warmup_updates=1)
+    losses = [learner.update(batch_of())["actor/loss"].item() for _ in range(40)]
+    assert losses[-1] < 0.75 * losses[0]
 
 
 def test_what_comes_later_changes_nothing_before():

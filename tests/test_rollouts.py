@@ -169,6 +169,7 @@ def test_played_again_the_environment_says_the_same(mix, shards):
             observation, _ = env.reset()
 
 
+@pytest.mark.equation(1)
 def test_actions_are_drawn_from_the_policy(folder, shards):
     noise = []
     for name, first in zip(POLICIES[:3], range(0, SHARDS, PARTS)):
@@ -185,6 +186,7 @@ def test_actions_are_drawn_from_the_policy(folder, shards):
     assert len(np.unique(noise[:, 0].round(6))) > 0.99 * len(noise)  # no shard repeats another's
 
 
+@pytest.mark.equation(1)
 def test_actions_are_of_double_precision_and_have_six_decimals(folder, shards):
     """With a shard's random numbers NumPy finds the very actions: what is rounded hides the last bits."""
     seeds = np.random.SeedSequence(7).spawn(SHARDS)
@@ -243,6 +245,7 @@ def test_random_actions_are_uniform(shards):
     assert np.abs(ranks - np.linspace(0, 1, len(actions))[:, None]).max() < 1.63 / np.sqrt(len(actions))
 
 
+@pytest.mark.equation(1)
 def test_actions_fill_the_bounds_and_time_limits_truncate(call, tmp_path):
     """Pendulum's actions lie in [-2, 2]; its episodes are cut after 200 steps and never end for good."""
     write_actor(tmp_path / "steady.safetensors", 3, 1, seed=0)

@@ -38,8 +38,9 @@ def make(**fields):
 # ------------------------------------------------ losses ------------------------------------------------
 
 
+@pytest.mark.equation(1, 2)
 def test_critic_loss(batch, rows):
-    """(1) and (2): the soft target, which neither a termination nor a gradient passes."""
+    """The soft target, which neither a termination nor a gradient passes."""
     learner = make(discount=0.9)
     torch.manual_seed(5)
     noise = torch.randn(3, ACT).numpy().astype(np.float64)
@@ -61,8 +62,9 @@ def test_critic_loss(batch, rows):
     assert metrics["critic/q_mean"].item() == pytest.approx(q.mean(), rel=1e-5)
 
 
+@pytest.mark.equation(3)
 def test_actor_loss(batch, rows):
-    """(3), whose gradient goes through the actions into the critic's input."""
+    """Its gradient goes through the actions into the critic's input."""
     learner = make()
     critic = weights(learner.critic)
     torch.manual_seed(6)
@@ -114,9 +116,10 @@ def test_the_log_density_is_finite_where_tanh_is_one(monkeypatch):
     assert torch.autograd.grad(log_prob.sum(), inputs)[0].isfinite().all()
 
 
+@pytest.mark.equation(4)
 @pytest.mark.parametrize(("entropy", "sign"), [(-ACT, 0), (-ACT + 0.5, 1), (-ACT - 0.5, -1), (3.0, 1)])
 def test_temperature_gradient(batch, entropy, sign):
-    """(4): the surplus of entropy over -|A|. Too much entropy makes it cheaper, too little dearer."""
+    """The surplus of entropy over -|A|. Too much entropy makes it cheaper, too little dearer."""
     learner = make()
     actor_loss, told = learner.actor_loss, {"actor/entropy": torch.tensor(float(entropy))}
     learner.actor_loss = lambda batch: (actor_loss(batch)[0], told)
@@ -136,6 +139,7 @@ def test_each_optimizer_moves_its_own_network_only(batch, frozen):
         assert moved == (name != frozen), name
 
 
+@pytest.mark.equation(5)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_target_is_the_exact_moving_average(batch, compiled):
     learner, eager = make(tau=0.1), make(tau=0.1)

@@ -7,7 +7,7 @@ by what they earned, and read by cross attention. So a life may be long and the 
   (1)  x_t = E_s(s_t) + E_a(a_{t-1}) + E_r(r_{t-1}) + E_R(R_t) + e_t   t: step of the episode; R_t: to go
   (2)  k = u / |u|,  u = sum_t P[s_t, a_t]                key of steps; P: fixed numbers, drawn once
   (3)  c_j = k . k_j                                      the `found` largest but for those above `too_alike`
-  (4)  u_j = c_j + G_j / G_max                            G_j: the return of episode j; the `kept` largest
+  (4)  u_j = c_j + G_j / G_max, the `kept` largest        G_j: the return of episode j; G_max: at least 1
   (5)  w = softmax(u)                                     weights of the kept, which sum to 1
   (6)  y = x + sum_j softmax(x Wq (z Wk)^T / sqrt(d) + log w) z Wv       cross attention to their steps z
   (7)  L = mean -log pi(a_t | x_1, ..., x_t, memory)      steps after those that the key is of
