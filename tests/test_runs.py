@@ -287,9 +287,9 @@ def test_progress_is_printed_every_minute_without_a_terminal(
     for update, seconds in {5: 59, 15: 2, 25: 59, 38: 3}.items():
         at_update(script, monkeypatch, update, lambda seconds=seconds: clock.advance(seconds))
     status, out, _ = call("td3_bc", *short(pendulum, tmp_path))
-    shown = [line for line in out.splitlines() if " of 40" in line]
+    shown = [line for line in out.splitlines() if line in ("update 20", "update 40")]
     assert status == 0
-    assert shown == ([] if terminal else ["update 20 of 40", "update 40 of 40"])
+    assert shown == ([] if terminal else ["update 20", "update 40"])
 
 
 class Quiet(list):
