@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import plot
 import pytest
+from common import escape
 from conftest import load_script, short
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -237,8 +238,8 @@ def test_the_same_seed_in_two_folders_is_two_lines(make, run, tmp_path):
     make("bc", 0, root=tmp_path / "after", score=2.0)
     _, out, _ = run(tmp_path / "before", tmp_path / "after", tmp_path / "before/offline")
     assert table(out) == {
-        (MAZE, f"bc in {tmp_path / 'before'}"): ["1.0", "10.0", "9.0", "1", "400"],
-        (MAZE, f"bc in {tmp_path / 'after'}"): ["2.0", "20.0", "9.0", "1", "400"],
+        (MAZE, escape(f"bc in {tmp_path / 'before'}")): ["1.0", "10.0", "9.0", "1", "400"],
+        (MAZE, escape(f"bc in {tmp_path / 'after'}")): ["2.0", "20.0", "9.0", "1", "400"],
     }
     folder = tmp_path / "before/offline/bc" / MAZE / "default/seed-0"
     assert [*table(run(folder)[1])] == [(MAZE, "bc")]  # the folder of a run itself

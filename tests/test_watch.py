@@ -198,7 +198,7 @@ def test_errors_are_one_line(bc, run, tmp_path, pendulum):
     assert_refused(run(moved), "moved is not where a script puts its runs")
     other = shutil.copytree(bc, place(tmp_path, "bc", pendulum, seed=3))
     (other / "checkpoint.pt").unlink()
-    assert_refused(run(other, "--no_video"), "cannot read", "checkpoint.pt")
+    assert_refused(run(other, "--no_video"), "has no checkpoint.pt")
     for arguments in (["--episodes", 0], ["--seconds", -1], ["--seed", -1]):
         with pytest.raises(SystemExit) as end:
             run(bc, *arguments)
