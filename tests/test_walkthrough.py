@@ -158,5 +158,5 @@ def test_the_log_has_what_logs_have(tmp_path):
 
 def test_no_share_no_live_batches(tmp_path):
     (tmp_path / "decisions.csv").write_text("next_share\n0.1\n0.0\n")
-    with pytest.raises(SystemExit, match="allows no share"):
+    with pytest.raises(plant.UserError, match="allows no share"):
         plant.go_live("plant/none-v0", "none.onnx", tmp_path / "decisions.csv", 5, 0)
