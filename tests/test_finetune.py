@@ -521,13 +521,16 @@ def test_a_run_that_starts_from_an_offline_run(tune, first, whole, brief, tmp_pa
 
 
 def test_a_run_that_starts_from_an_offline_run_resumes(tune, first, brief, tmp_path, monkeypatch):
-    arguments = words("cql", brief, tmp_path / "one", start_from=first["cql"])
+    """In the end without that run: what it gave is in the checkpoint."""
+    start = shutil.copytree(first["cql"], tmp_path / "start/cql" / brief / "default/seed-0")
+    arguments = words("cql", brief, tmp_path / "one", start_from=start)
     assert tune("cql", *arguments)[0] == 0
-    arguments = words("cql", brief, tmp_path / "two", start_from=first["cql"])
+    arguments = words("cql", brief, tmp_path / "two", start_from=start)
     for update in (21, 66):
         with monkeypatch.context() as patch:
             at_update(SCRIPTS["cql"], patch, update, stop)
             assert tune("cql", *arguments)[0] == 130
+    shutil.rmtree(start)
     assert tune("cql", *arguments)[0] == 0
     assert_same_run(place(tmp_path / "one", "cql", brief), place(tmp_path / "two", "cql", brief))
 
@@ -571,6 +574,12 @@ def test_a_start_that_does_not_fit(tune, first, brief, tmp_path, change, wanted)
 
 
 # ------------------------------------------------- errors -------------------------------------------------
+
+
+def test_spot_needs_updates_beside_those_of_its_auto_encoder(tune, brief, tmp_path):
+    """Else no policy would have learned by the switch."""
+    status, _, err = tune("spot", *words("spot", brief, tmp_path, vae_updates=UPDATES))
+    assert (status, err) == (2, "spot.py: vae_updates: there have to be fewer of them than updates\n")
 
 
 @pytest.mark.parametrize("name", FINETUNE)
