@@ -384,7 +384,7 @@ class CudaGraph:
     """
 
     def __init__(self, learner):
-        torch.cuda.set_device(optimizers(learner)[0].param_groups[0]["params"][0].device)  # not the first
+        torch.cuda.set_device(optimizers(learner)[0].param_groups[0]["params"][0].device)  # graphs go there
         self.learner, self.learn, self.stream = learner, learner.learn, torch.cuda.Stream()
         self.calls, self.graphs = {}, {}
 

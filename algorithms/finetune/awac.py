@@ -532,7 +532,7 @@ class CudaGraph:
     """
 
     def __init__(self, learner):
-        torch.cuda.set_device(optimizers(learner)[0].param_groups[0]["params"][0].device)  # not the first
+        torch.cuda.set_device(optimizers(learner)[0].param_groups[0]["params"][0].device)  # graphs go there
         self.learner, self.learn, self.stream = learner, learner.learn, torch.cuda.Stream()
         self.calls, self.graphs = {}, {}
 
@@ -802,7 +802,7 @@ def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, s
                 running &= ~ended
             rounds.append(pd.DataFrame({"return": returns, "length": lengths, "success": success}))
     table = pd.concat(rounds, ignore_index=True)[:episodes]
-    return table.fillna({"success": 0.0}) if table["success"].notna().any() else table
+    return table.fillna({"success": 0.0}) if table["success"].notna().any() else table  # told none: had none
 
 
 def support_gap(act: Callable, data: dict[str, Tensor], scaler: Scaler) -> float:
