@@ -95,7 +95,7 @@ class Config:
     rollout_length: Count = 5  # h: steps of a rollout
     rollouts_kept: Count = 5  # renewals that imagined rows are drawn from
     real_ratio: Share = 0.01  # the data's share of a batch
-    halt_deviations: Size = 10.0  # beta of (5): how unusual a disagreement halts
+    halt_deviations: Size = 5.0  # beta of (5): how unusual a disagreement halts
     halt_penalty: Size = 30.0  # the halt reward is so much lower than the data's lowest
     normalize_rewards: bool = False  # first multiply by 1000 / (largest - smallest episode return)
     reward_scale: float = 1.0  # the learner sees reward_scale * r + reward_shift
