@@ -86,16 +86,17 @@ def draw_aggregates(comparisons: list[Comparison], look: dict) -> Figure:
 
 def add_legend(figure: Figure, names: Iterable[str], look: dict) -> None:
     lines = [Line2D([], [], ls=look[name][0], color=look[name][1], lw=2, label=name) for name in names]
-    inches = max(1.2, 0.6 + 0.07 * max(len(line.get_label()) for line in lines))  # of an entry
+    inches = max(1.2, 0.8 + 0.07 * max(len(line.get_label()) for line in lines))  # of an entry
     columns = max(1, int(figure.get_figwidth() / inches))
-    figure.legend(handles=lines, loc="outside upper left", ncols=columns)
+    figure.set_figheight(figure.get_figheight() + 0.19 * (len(lines) / columns - 1))  # the panels keep theirs
+    figure.legend(handles=lines, loc="outside upper left", ncols=columns, handlelength=4)  # whole dashes
 
 
 def panels(count: int) -> tuple[Figure, list]:
     """A figure of that many axes, at most three in a row."""
     columns = min(count, 3)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(max(3.4 * columns, 4.5), 2.5 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(max(3.4 * columns, 6), 2.5 * rows + 0.5), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes[count:]:
         axis.set_axis_off()
