@@ -613,10 +613,10 @@ NEAREST |= {"expert-narrow": "medium-expert"}
 
 def test_configs_have_the_published_settings():
     for body, levels in PUBLISHED.items():
-        files = [*(ROOT / "configs/offline/mopo").glob(f"*/{body}/*.yaml")]
-        assert len(files) == 9
-        for file in files:
-            config = mopo.Config(**yaml.safe_load(file.read_text()))
+        files = (ROOT / "configs/offline/mopo").glob(f"*/{body}/*.yaml")
+        configs = [mopo.Config(**yaml.safe_load(file.read_text())) for file in files]
+        assert len({config.dataset for config in configs}) == 9
+        for config in configs:
             level = config.dataset.split("/")[2].rpartition("-")[0]
             wanted = levels[NEAREST.get(level, level)]
-            assert (config.rollout_length, config.penalty_weight) == wanted, file
+            assert (config.rollout_length, config.penalty_weight) == wanted, config
