@@ -599,6 +599,17 @@ def test_many_algorithms_look_different(record):
     assert len(set(figures.looks(cells).values())) == 16
 
 
+def test_panels_keep_their_height_under_a_long_legend():
+    heights = []
+    for count in (2, 14):
+        figure, (axis,) = figures.panels(1)
+        names = [f"finetune learner {number}" for number in range(count)]
+        figures.add_legend(figure, names, dict(zip(names, figures.LOOKS)))
+        figure.draw_without_rendering()
+        heights.append(axis.get_position().height * figure.get_figheight())
+    assert heights[1] > 0.8 * heights[0]
+
+
 def test_the_same_files_every_time(root, record):
     record(runs(CLEAR, MAZES[:1], curve=[1, 2]))
     folder = root / "results/report"
