@@ -110,6 +110,16 @@ def test_every_script_updates_on_what_is_drawn_for_it(name):
     assert {*bench.compiled_methods(script)} == losses
 
 
+@pytest.mark.parametrize("name", ["bc", "q_chunking", "trajectory_transformer"])
+def test_actions_are_timed_whether_a_policy_remembers_plans_or_neither(name):
+    script = bench.load_script(name)
+    known = {field: value for field, value in SMALL.items() if hasattr(script.Config, field)}
+    cost = bench.measure_actions(script, dataclasses.replace(script.Config(), **known), CPU, 2, 0.01)
+    assert 0 < cost["ms a step"] <= cost["ms where it plans"]
+    if name == "q_chunking":  # one step in five draws chunks
+        assert cost["ms where it plans"] > 1.5 * cost["ms a step"]
+
+
 # ---------------------------------------- Another folder's script ----------------------------------------
 
 

@@ -9,11 +9,14 @@ the median over the rounds. Absolute numbers belong to the machine they were tak
   python tools/bench.py td3_bc --turns 3                        one script, quicker
   python tools/bench.py td3_bc --peer CORL/algorithms/offline   beside another folder's script of that name
   python tools/bench.py sac_n --sweep critics 2 10 50 500       what a field costs: time against work, memory
+  python tools/bench.py fql idql --act                          what an action of ten environments costs
 
 A peer is in the form of CORL's scripts and trains as it does by itself (tools/peers.py), by its own settings
 but for the device and the batch size, which are ours; it takes its turns in the same process. Whether both do
 the same work is seen in the last columns: the parameters that each trains.
 A sweep measures the default alone. Its peak memory is on a GPU what tensors took, else the whole process's.
+Actions are those of ten environments side by side. A planner, or an actor of chunks, thinks at one step and
+carries out at the next: so the mean over steps is shown, and the longest.
 """
 
 import argparse
@@ -42,6 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 OBS_DIM, ACT_DIM = 11, 3  # Hopper-v5
+ENVIRONMENTS = 10  # that a policy acts in side by side, as evaluations have them
 AT_LEAST, WARM_UP = 2, 20  # updates: in a turn, whatever its length, and before the first, or 5 seconds
 MINUTES = 1.2  # that a script takes at one place, about: half a minute goes into compiling
 PLACES = ["cpu:1", "cpu:2"] + ["cuda:1"] * torch.cuda.is_available()  # device:threads
@@ -193,6 +197,34 @@ def measure_beside(
     return speeds, {"M parameters": ours / 1e6, "peer's": theirs / 1e6}
 
 
+def measure_actions(script, config, device: torch.device, turns: int, seconds: float) -> dict[str, float]:
+    """Milliseconds of a step of ENVIRONMENTS episodes, none of them the first: medians over turns."""
+    learner, generator = new_learner(script, config, device), np.random.default_rng(0)
+    draw(script, learner, random_episodes(), config)  # fits what is read from data
+    remembers = "rewards" in inspect.signature(learner.act).parameters
+    period = getattr(config, "act_horizon", getattr(config, "chunk", 1))  # steps from plan to plan
+
+    def step(rewards: np.ndarray | None) -> float:
+        memory = [rewards] if remembers else []
+        observations, began = generator.normal(size=(ENVIRONMENTS, OBS_DIM)), now(device)
+        learner.act(observations, *memory)
+        return 1000 * (now(device) - began)
+
+    def cycle() -> list[float]:
+        return [step(np.zeros(ENVIRONMENTS)) for _ in range(period)]
+
+    step(None)
+    cycle()  # warm up
+    means, longest = [], []
+    for _ in range(turns):
+        cycles = []
+        while len(cycles) < AT_LEAST or np.sum(cycles) < 1000 * seconds:
+            cycles.append(cycle())  # begins where the last one began: each has a plan in it
+        means.append(np.mean(cycles))
+        longest.append(np.max(cycles, axis=1).mean())
+    return {"ms a step": float(np.median(means)), "ms where it plans": float(np.median(longest))}
+
+
 def multiply_adds(script, config, device: torch.device) -> float:
     """Of an update, in millions: its products of matrices, in both directions, as torch counts them."""
     config = dataclasses.replace(config, compile=False)
@@ -231,7 +263,7 @@ def measure_evaluation(turns: int) -> float:
     """Milliseconds per environment step in 10 Hopper-v5, the median over turns of 200 episodes."""
     script = load_script("td3_bc")
     same_step = gym.vector.AutoresetMode.SAME_STEP
-    makers = [lambda: gym.make("Hopper-v5")] * 10
+    makers = [lambda: gym.make("Hopper-v5")] * ENVIRONMENTS
     environments = gym.vector.SyncVectorEnv(makers, copy=False, autoreset_mode=same_step)
     learner = new_learner(script, script.Config(), torch.device("cpu"))
     script.evaluate(learner.act, environments, 10, (0,))  # warm up
@@ -262,7 +294,9 @@ def measure_here(arguments: argparse.Namespace) -> None:
     variants = {"default": VARIANTS["default"]} if arguments.sweep else VARIANTS
     configs = {each: dataclasses.replace(script.Config(), **variants[each], **fields) for each in variants}
     how = configs, device, arguments.turns, arguments.seconds
-    if arguments.peer:
+    if arguments.act:
+        speeds, columns = {}, measure_actions(script, configs["default"], *how[1:])
+    elif arguments.peer:
         speeds, columns = measure_beside(peers.find_script(arguments.peer, name), script, *how)
     else:
         speeds, columns = measure(script, *how), {}
@@ -278,6 +312,7 @@ def measure_in_child(name: str, place: str, value: str | None, arguments: argpar
     command += ["--turns", str(arguments.turns), "--seconds", str(arguments.seconds)]
     command += ["--peer", str(arguments.peer)] if arguments.peer else []
     command += ["--sweep", arguments.sweep[0], value] if arguments.sweep else []
+    command += ["--act"] if arguments.act else []
     # Compiled code holds the number of threads it was made for: a cache of its own for each.
     cache = Path(tempfile.gettempdir(), f"reef-bench-{place.replace(':', '-')}")
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
@@ -348,6 +383,13 @@ def show_costs(rows: list[dict], field: str) -> None:
     print(table.to_string(index=False, float_format=number))
 
 
+def show_actions(rows: list[dict]) -> None:
+    """Prints what `measure_actions` gave."""
+    lines = [row | row.pop("columns") for row in rows]
+    print(f"What an action of {ENVIRONMENTS} environments costs, networks as by default (medians):")
+    print(pd.DataFrame(lines).drop(columns="speeds").to_string(index=False, float_format=number))
+
+
 def number(value: float) -> str:
     return f"{value:.2f}" if value < 20 else f"{value:,.0f}"
 
@@ -361,6 +403,7 @@ def main() -> int | None:
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--peer", type=Path, metavar="FOLDER", help="of scripts like CORL's, to time beside")
     asked.add_argument("--sweep", nargs="+", metavar="FIELD VALUE", help="a field of Config, and numbers")
+    asked.add_argument("--act", action="store_true", help="time actions, not updates")
     parser.add_argument("--child", help=argparse.SUPPRESS)  # device:threads, to measure in this process
     arguments = parser.parse_args()
     if arguments.child:
@@ -376,11 +419,13 @@ def main() -> int | None:
         if measured:
             swept = {field: float(value)} if field else {}
             rows.append({"script": name, "device:threads": place} | swept | measured)
-    if rows and arguments.sweep:
+    if rows and arguments.act:
+        show_actions(rows)
+    elif rows and arguments.sweep:
         show_costs(rows, field)
     elif rows:
         show_speeds(rows, "peer" if arguments.peer else "eager")
-    if not arguments.peer and not arguments.sweep:
+    if not (arguments.act or arguments.peer or arguments.sweep):
         torch.set_num_threads(1)
         step = measure_evaluation(arguments.turns)
         print(f"Evaluation in 10 Hopper-v5 environments, one thread: {step:.3f} ms per environment step")

@@ -368,9 +368,10 @@ def show_costs(runs: list[Run], todo: dict[Run, dict], costs: Costs) -> None:
     """A line a run that is not finished, then a line an algorithm."""
     for run, record in todo.items():
         print(f"{'started' if record else 'missing'} {run}")
-    line = "{:20}{:>7}{:>7}{:>16}{:>12}  {}".format
+    names = [*sorted({run.kind[0] for run in runs}), "all"]
+    line = f"{{:{max(18, *map(len, names)) + 2}}}{{:>7}}{{:>7}}{{:>16}}{{:>12}}  {{}}".format
     print(line("algorithm", "runs", "to do", "updates", "core-hours", "").rstrip())
-    for name in [*sorted({run.kind[0] for run in runs}), "all"]:
+    for name in names:
         ours, left = ([run for run in several if name in ("all", run.kind[0])] for several in (runs, todo))
         updates = sum(map(costs.updates_left, left))
         seconds, source = costs.total(left)
