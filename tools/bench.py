@@ -48,6 +48,7 @@ OBS_DIM, ACT_DIM = 11, 3  # Hopper-v5
 ENVIRONMENTS = 10  # that a policy acts in side by side, as evaluations have them
 AT_LEAST, WARM_UP = 2, 20  # updates: in a turn, whatever its length, and before the first, or 5 seconds
 MINUTES = 1.2  # that a script takes at one place, about: half a minute goes into compiling
+MINUTES_OF_ACTIONS = 0.3  # which are not compiled
 PLACES = ["cpu:1", "cpu:2"] + ["cuda:1"] * torch.cuda.is_available()  # device:threads
 VARIANTS = {
     "eager": {"compile": False, "precision": "highest"},
@@ -412,7 +413,8 @@ def main() -> int | None:
     names, began = choose(arguments), time.perf_counter()
     field, *values = arguments.sweep or [None, None]
     jobs = [(name, place, value) for name in names for place in arguments.places for value in values]
-    print(f"torch {torch.__version__} on {machine()}; about {len(jobs) * MINUTES:.0f} min")
+    minutes = MINUTES_OF_ACTIONS if arguments.act else MINUTES
+    print(f"torch {torch.__version__} on {machine()}; about {len(jobs) * minutes:.0f} min")
     rows = []
     for name, place, value in tqdm(jobs, disable=None):
         measured = measure_in_child(name, place, value, arguments)
