@@ -650,7 +650,7 @@ def test_the_page_puts_tasks_beside_dt_alone(pendulum, plane, whole, tmp_path, m
     lines = page.partition("<<'END'\n")[2].partition("    END\n")[0].splitlines()
     shutil.copytree(whole.place, tmp_path / "results/runs/context/multitask/run")
     (tmp_path / "results/scores").mkdir()
-    rows = [{"dataset": pendulum, "variant": "default", "seed": 1, "phase": "final", "score": 12.5}]
+    rows = [{"dataset": pendulum, "variant": "small", "seed": 1, "phase": "final", "score": 12.5}]
     pd.DataFrame(rows).to_csv(tmp_path / "results/scores/dt.csv")
     monkeypatch.chdir(tmp_path)
     Path("command.py").write_text("\n".join(line[4:] for line in lines))
@@ -677,13 +677,15 @@ def test_the_page_counts_the_weights_that_there_are():
     assert row in (ROOT / "docs/multitask.md").read_text()
 
 
-def test_the_config_takes_as_many_windows_in_an_update_as_dt():
-    values = multitask.parse_config(
-        ["--config_path", str(ROOT / "configs/context/multitask/reef/hopper/medium-expert-v1.yaml")])
-    alone = dt.parse_config(["--config_path", str(ROOT / "configs/offline/dt" / f"{values.dataset}.yaml")])
-    assert values.batch_size * (1 + len(values.others)) == alone.batch_size
-    same = ("updates", "warmup_updates", "context", "actor_lr", "hidden_dim", "hidden_layers", "dropout")
-    assert all(getattr(values, name) == getattr(alone, name) for name in same)
+@pytest.mark.parametrize("variant", ["", "-unprompted"])
+def test_the_config_takes_as_many_windows_in_an_update_as_dt(variant):
+    file = ROOT / f"configs/context/multitask/reef/hopper/medium-expert-v1{variant}.yaml"
+    values = multitask.parse_config(["--config_path", str(file)])
+    same = ("updates", "warmup_updates", "context", "actor_lr", "hidden_dim", "hidden_layers", "dropout", "precision")
+    for dataset in (values.dataset, *values.others):
+        alone = dt.parse_config(["--config_path", str(ROOT / "configs/offline/dt" / f"{dataset}-small.yaml")])
+        assert values.batch_size * (1 + len(values.others)) == alone.batch_size
+        assert all(getattr(values, name) == getattr(alone, name) for name in same)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
