@@ -114,6 +114,11 @@ def files(folder: Path) -> set[str]:
 RANDOM = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True)
+def same_numbers_whatever_ran_before():
+    RANDOM.bit_generator.state = np.random.default_rng(0).bit_generator.state
+
+
 def walk(steps: int, width: int = 3, actions: int = 2, scale: float = 1.0) -> EpisodeBuffer:
     """A random episode that is cut at its end; actions are normal and clipped to the Box."""
     seen, rewards = RANDOM.normal(size=(steps + 1, width)), RANDOM.normal(size=steps)
