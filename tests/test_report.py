@@ -599,6 +599,22 @@ def test_many_algorithms_look_different(record):
     assert len(set(figures.looks(cells).values())) == 16
 
 
+def test_many_algorithms_take_several_panels(record):
+    """The best first, each panel before the others' curves, all with one scale."""
+    rows = [row for i in range(9) for seed in range(3)
+            for row in run(f"a{i}", MAZES[0], seed, score=10 * i + seed, curve=[i, 10 * i + 5])]
+    drawn = dict(figures.draw_figures(*record(rows)))
+    for name in ("profiles", "curves-reef-pointmaze"):
+        first, second = drawn[name].axes
+        titles = [axis.get_title("left").splitlines()[1] for axis in (first, second)]
+        assert titles == ["1 of 2, best first", "2 of 2, best first"]
+        colors = [[line.get_color() for line in axis.lines] for axis in (first, second)]
+        assert [shown.count(figures.BEHIND["color"]) for shown in colors] == [4, 5]
+        assert first.get_ylim() == second.get_ylim()
+    for axis, means in ((first, {81, 71, 61, 51, 41}), (second, {31, 21, 11, 1})):
+        assert {line.get_ydata()[0] for line in axis.lines if line.get_marker() == "D"} == means
+
+
 def test_panels_keep_their_height_under_a_long_legend():
     heights = []
     for count in (2, 14):

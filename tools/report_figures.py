@@ -22,6 +22,7 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8B6FD6", "#9A7D0A", "#80
 DASHES = ["-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)), (0, (9, 2)), (0, (1, 4))]
 LOOKS = [  # some eyes take one of the last three colors for one of the first four: they differ in dashes, too
     (DASHES[(turn + i // 4) % 7], color) for turn in range(7) for i, color in enumerate(COLORS)]
+BEHIND = {"color": "#DDDDDD", "lw": 1, "zorder": 0.5}  # what other panels show
 STYLE = {"axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False, "font.size": 9,
          "axes.spines.right": False, "axes.grid": True, "grid.color": "#E6E6E6", "axes.axisbelow": True,
          "legend.frameon": False, "pdf.fonttype": 42}
@@ -103,15 +104,36 @@ def panels(count: int) -> tuple[Figure, list]:
     return figure, axes[:count]
 
 
+def portions(ranked: list) -> list[list]:
+    """A panel each, of at most as many lines as there are colors: they could not be told apart otherwise."""
+    size = math.ceil(len(ranked) / math.ceil(len(ranked) / len(COLORS)))
+    return [ranked[start:start + size] for start in range(0, len(ranked), size)]
+
+
+def titles(name: str, count: int) -> list[str]:
+    """Of the panels, where one cannot show them all."""
+    places = range(1, count + 1)
+    return [name] if count == 1 else [f"{name}\n{place} of {count}, best first" for place in places]
+
+
 def draw_profiles(comparisons: list[Comparison], look: dict) -> Figure:
-    """Share of the runs above each score, a panel a suite."""
-    figure, axes = panels(len(comparisons))
-    for axis, one in zip(axes, comparisons):
-        for name, profile in one.profiles.items():
-            style, color = look[name]
-            axis.plot(one.thresholds, profile.value, color=color, ls=style, lw=1.8)
-            axis.fill_between(one.thresholds, *profile[1:], color=color, alpha=0.15, lw=0)
-        axis.set(title=one.suite, xlabel="score τ", ylabel="share of runs above τ", ylim=(-0.02, 1.02))
+    """Share of the runs above each score, a panel a suite; many learners take several, each panel with some
+    of them before the others in gray.
+    """
+    parts = [portions(list(one.profiles)) for one in comparisons]  # profiles are sorted by their IQM
+    figure, axes = panels(sum(map(len, parts)))
+    remaining = iter(axes)
+    for one, shares in zip(comparisons, parts):
+        for title, names in zip(titles(one.suite, len(shares)), shares):
+            axis = next(remaining)
+            for name, profile in one.profiles.items():
+                style, color = look[name]
+                if name not in names:
+                    axis.plot(one.thresholds, profile.value, **BEHIND)
+                    continue
+                axis.plot(one.thresholds, profile.value, color=color, ls=style, lw=1.8)
+                axis.fill_between(one.thresholds, *profile[1:], color=color, alpha=0.15, lw=0)
+            axis.set(title=title, xlabel="score τ", ylabel="share of runs above τ", ylim=(-0.02, 1.02))
     add_legend(figure, sorted({name for one in comparisons for name in one.cells}), look)
     return figure
 
@@ -167,40 +189,80 @@ def experience(updates: np.ndarray, steps: np.ndarray, switch: int, longest: flo
 
 def draw_curves(cells: list[Cell], look: dict, time: bool) -> Figure:
     """Mean and range over seeds and the final score, a panel a dataset: against time, else against updates,
-    or steps of experience where runs go on online.
+    or steps of experience where runs go on online. Many learners take several panels, as in `draw_profiles`.
     """
     datasets = {name: list(group) for name, group in itertools.groupby(cells, attrgetter("dataset"))}
-    figure, axes = panels(len(datasets))
-    longest = max(cell.runs["wall_seconds"].mean() for cell in cells)
-    unit, seconds = time_unit(longest)
-    for axis, (dataset, group) in zip(axes, datasets.items()):
-        scored = all(cell.runs["score"].notna().all() for cell in group)
-        column = "score" if scored else "return_mean"
+    parts = {name: portions(ranked(group)) for name, group in datasets.items()}
+    figure, axes = panels(sum(map(len, parts.values())))
+    remaining = iter(axes)
+    unit, seconds = time_unit(max(cell.runs["wall_seconds"].mean() for cell in cells))
+    for dataset, group in datasets.items():
+        column = column_of(group)
         longest_steps = max(cell.runs["online_steps"].max() for cell in group)
-        for cell in group:
-            style, color = look[cell.learner]
-            switched = cell.goes_online and not time
-            last = cell.runs["wall_seconds"].mean() / seconds if time else cell.runs["update"].max()
-            last = cell.runs["online_steps"].max() if switched else last
-            axis.plot(last, cell.runs[column].mean(), "D", color=color, ms=6, mec="white", zorder=3)
-            if len(cell.curve):
-                x = cell.curve["wall_seconds", "mean"] / seconds if time else cell.curve.index
-                x = experience_of(cell, longest_steps) if switched else x
-                axis.plot(x, cell.curve[column, "mean"], color=color, ls=style, lw=1.5)
-                axis.fill_between(x, cell.curve[column, "min"], cell.curve[column, "max"], color=color,
-                                  alpha=0.15, lw=0)
-        counts = {cell.learner: len(cell.runs) for cell in group}
-        entitle(axis, dataset, note_runs(counts, [count for cell in group for count in cell.runs["update"]]))
-        axis.set_ylabel("score" if scored else "return")
-        axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        if time:
-            label_time(axis, unit)
-        elif group[0].goes_online:
-            label_switch(axis, longest_steps)
-        else:
-            label_updates(axis)
+        shown = list(itertools.islice(remaining, len(parts[dataset])))
+        for axis, title, part in zip(shown, titles(dataset, len(shown)), parts[dataset]):
+            counts = {cell.learner: len(cell.runs) for cell in part}
+            for cell in group:
+                x, end = abscissa(cell, longest_steps, seconds if time else None)
+                draw_cell(axis, cell, column, x, end, look[cell.learner] if cell.learner in counts else None)
+            updates = [count for cell in part for count in cell.runs["update"]]
+            entitle(axis, title, note_runs(counts, updates))
+            axis.set_ylabel("score" if column == "score" else "return")
+            axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+            if time:
+                label_time(axis, unit)
+            elif group[0].goes_online:
+                label_switch(axis, longest_steps)
+            else:
+                label_updates(axis)
+        align(shown)
     add_legend(figure, sorted({cell.learner for cell in cells}), look)
     return figure
+
+
+def align(axes: list) -> None:
+    """The same scales in all of them, that of the widest."""
+    lows, highs = zip(*(axis.get_ylim() for axis in axes))
+    ends = [axis.get_xlim()[1] for axis in axes]
+    for axis in axes:
+        axis.set_ylim(min(lows), max(highs))
+        axis.set_xlim(right=max(ends))
+
+
+def column_of(cells: list[Cell]) -> str:
+    """What all of them have: a score, or else only a return."""
+    return "score" if all(cell.runs["score"].notna().all() for cell in cells) else "return_mean"
+
+
+def ranked(cells: list[Cell]) -> list[Cell]:
+    """The best final mean first."""
+    column = column_of(cells)
+    return sorted(cells, key=lambda cell: -cell.runs[column].mean())
+
+
+def abscissa(cell: Cell, longest_steps: float, seconds: int | None) -> tuple[np.ndarray, float]:
+    """Where its evaluations and its end stand: in units of so many seconds, else in updates or steps."""
+    if seconds:
+        curve = cell.curve["wall_seconds", "mean"] / seconds if len(cell.curve) else np.array([])
+        return curve, cell.runs["wall_seconds"].mean() / seconds
+    if cell.goes_online:
+        curve = experience_of(cell, longest_steps) if len(cell.curve) else np.array([])
+        return curve, cell.runs["online_steps"].max()
+    return cell.curve.index, cell.runs["update"].max()
+
+
+def draw_cell(axis, cell: Cell, column: str, x, end: float, look: tuple[str, str] | None) -> None:
+    """Its curve, the range of its seeds and its final mean; without a look the curve, behind the others."""
+    curve = cell.curve[column] if len(cell.curve) else None
+    if look is None:
+        if curve is not None:
+            axis.plot(x, curve["mean"], **BEHIND)
+        return
+    style, color = look
+    axis.plot(end, cell.runs[column].mean(), "D", color=color, ms=6, mec="white", zorder=3)
+    if curve is not None:
+        axis.plot(x, curve["mean"], color=color, ls=style, lw=1.5)
+        axis.fill_between(x, curve["min"], curve["max"], color=color, alpha=0.15, lw=0)
 
 
 def experience_of(cell: Cell, longest: float) -> np.ndarray:
