@@ -2,12 +2,11 @@
 
 import json
 import math
-import runpy
 import shutil
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import by_task
 import gymnasium as gym
 import minari
 import numpy as np
@@ -644,22 +643,19 @@ def test_a_loss_that_turns_nan(pendulum, plane, tmp_path, monkeypatch, capsys):
 # --------------------------------------- the page, the config, a GPU --------------------------------------
 
 
-def test_the_page_puts_tasks_beside_dt_alone(pendulum, plane, whole, tmp_path, monkeypatch, capsys):
-    """Its command, on the run of these tests and a score of dt's on one of the two tasks."""
-    page = (ROOT / "docs/multitask.md").read_text()
-    lines = page.partition("<<'END'\n")[2].partition("    END\n")[0].splitlines()
-    shutil.copytree(whole.place, tmp_path / "results/runs/context/multitask/run")
-    (tmp_path / "results/scores").mkdir()
-    rows = [{"dataset": pendulum, "variant": "small", "seed": 1, "phase": "final", "score": 12.5}]
-    pd.DataFrame(rows).to_csv(tmp_path / "results/scores/dt.csv")
-    monkeypatch.chdir(tmp_path)
-    Path("command.py").write_text("\n".join(line[4:] for line in lines))
-    runpy.run_path("command.py")
-    table = pd.read_csv("results/multitask.csv").set_index(["dataset", "learner"])["score"].to_dict()
+def test_tasks_stand_beside_dt_alone(pendulum, plane, whole, tmp_path, capsys):
+    """tools/by_task.py on the run of these tests and a score of dt's on one of the two tasks."""
+    shutil.copytree(whole.place, tmp_path / "context/multitask" / pendulum / "default/seed-0")
+    row = {"family": "offline", "algorithm": "dt", "dataset": pendulum, "variant": "small", "seed": 1,
+           "update": 20, "phase": "final", "score": 12.5}
+    pd.DataFrame([row]).to_csv(tmp_path / "dt.csv")
+    alone, out = tmp_path / "dt.csv", tmp_path / "rows.csv"
+    assert by_task.main([str(tmp_path), "--alone", str(alone), "--out", str(out)]) == 0
+    table = pd.read_csv(out).set_index(["task", "learner"])["score"].to_dict()
     assert table == pytest.approx({
-        (pendulum, "dt alone"): 12.5,
-        (pendulum, "together, default"): whole.info[f"{pendulum}/score"],
-        (plane, "together, default"): whole.info[f"{plane}/score"],
+        (pendulum, "dt small"): 12.5,
+        (pendulum, "multitask"): whole.info[f"{pendulum}/score"],
+        (plane, "multitask"): whole.info[f"{plane}/score"],
     })
     assert "12.5" in capsys.readouterr().out
 
