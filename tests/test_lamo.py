@@ -249,7 +249,7 @@ def test_the_first_layers_with_lora_at_zero_are_exactly_the_models(tiny):
 
 
 def test_random_weights_are_others_and_the_rest_begins_alike(tiny):
-    """So that the two differ in what text has taught alone; the random ones follow from the seed."""
+    """So that the two differ in what text has taught alone: the same entries in an order of the seed's."""
     state = torch.get_rng_state()
     lamo.language_layers(plain(tiny, pretrained=False).config)
     torch.set_rng_state(state)
@@ -258,7 +258,8 @@ def test_random_weights_are_others_and_the_rest_begins_alike(tiny):
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         gains = "layernorm" in name or name == "backbone.norm.weight"
-        assert torch.equal(weight, weights[1][name]) == weight.requires_grad, name
+        assert torch.equal(weight, weights[1][name]) == (weight.requires_grad or gains), name
+        assert torch.equal(weight.flatten().sort()[0], weights[1][name].flatten().sort()[0]), name
         assert torch.equal(weights[1][name], weights[2][name]) == (weight.requires_grad or gains), name
         assert weight.requires_grad == weights[1][name].requires_grad
     again = dict(plain(tiny, pretrained=False).actor.named_parameters())
@@ -295,7 +296,7 @@ def test_padding_changes_nothing(tiny):
 
 def test_what_is_frozen_has_no_gradient_and_never_moves(tiny):
     """And all else has one and moves, A of LoRA from the second update on."""
-    learner, batch = plain(tiny, warmup_updates=1, actor_lr=1e-2, lora_step=1.0), window(3, 3)
+    learner, batch = plain(tiny, warmup_updates=1, actor_lr=1e-2), window(3, 3)
     weights = dict(learner.actor.named_parameters())
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     batch["timesteps"][:, :] = torch.tensor([[0.0, 1, 2], [3, 4, 5], [3, 4, 5]])
@@ -311,8 +312,8 @@ def test_what_is_frozen_has_no_gradient_and_never_moves(tiny):
 
 
 def test_first_update_by_hand(tiny):
-    """Warm-up, clipping, AdamW with a step size for LoRA and another for the rest."""
-    fields = {"actor_lr": 0.1, "lora_step": 0.2, "warmup_updates": 4, "weight_decay": 0.5}
+    """Warm-up, clipping, AdamW, for LoRA as for the rest."""
+    fields = {"actor_lr": 0.1, "warmup_updates": 4, "weight_decay": 0.5}
     learner, batch = small(tiny, **fields, gradient_norm=0.01), padded()
     weights = {name: p for name, p in learner.actor.named_parameters() if p.requires_grad}
     before = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -323,14 +324,15 @@ def test_first_update_by_hand(tiny):
     metrics = learner.update(batch)
     assert float(metrics["actor/gradient_norm"]) == pytest.approx(norm, rel=1e-5)
     for name, weight in weights.items():
-        rate, slope = (0.02 if "lora" in name else 0.1) / 4, slopes[name] * 0.01 / norm
+        rate, slope = 0.1 / 4, slopes[name] * 0.01 / norm
         expected = before[name] * (1 - rate * 0.5) - rate * slope / (slope.abs() + 1e-6)
         np.testing.assert_allclose(weight.detach(), expected, atol=1e-4)  # the clip divides by norm + 1e-6
-    rates = [[group["lr"] for group in learner.actor_optimizer.param_groups]]
+    (group,) = learner.actor_optimizer.param_groups
+    rates = [group["lr"]]
     for _ in range(4):
         learner.update(batch)
-        rates.append([group["lr"] for group in learner.actor_optimizer.param_groups])
-    assert np.ravel(rates) == pytest.approx(np.ravel([[0.1 * s, 0.02 * s] for s in (0.5, 0.75, 1, 1, 1)]))
+        rates.append(group["lr"])
+    assert rates == pytest.approx([0.05, 0.075, 0.1, 0.1, 0.1])
 
 
 class NoNumbers(TorchDispatchMode):
@@ -382,7 +384,7 @@ def test_a_share_is_that_of_the_episodes_by_the_seed():
 
 def run(dataset: str, folder: Path, model: str, **fields) -> SimpleNamespace:
     known = {"model": model, "backbone_layers": 1, "lora_rank": 3, "context": 4, "actor_lr": 1e-3}
-    known |= {"lora_step": 1.0, "warmup_updates": 30, "dropout": 0.2}
+    known |= {"warmup_updates": 30, "dropout": 0.2}
     known |= {"log_every": 20, "final_eval_episodes": 2} | fields
     arguments = [word for word in short(dataset, folder, **known) if not word.startswith("--hidden_dim")]
     lamo.train(lamo.parse_config(arguments))
@@ -456,7 +458,7 @@ def test_actions_in_the_data_follow_the_datas_own_steps(pieces, tiny):  # noqa: 
 
 @pytest.fixture(scope="module")
 def whole(pendulum, tiny, tmp_path_factory) -> SimpleNamespace:
-    """A run of 40 updates from random weights, which no folder holds."""
+    """A run of 40 updates with shuffled weights, which no folder holds."""
     return run(pendulum, tmp_path_factory.mktemp("whole"), tiny, pretrained=False)
 
 

@@ -13,9 +13,10 @@ text left them, and small additions are trained. The question is whether that he
 
 Differences from the paper: the layers are the first `backbone_layers` of a model built as Llama, with rotary
 positions for GPT-2's learned ones; dropout is on the tokens alone, and Llama has no biases to train; there is
-no loss on text beside (6), an option of the authors' code; A and B have a tenth of the step size, as the
-authors' script asks, though their optimiser overlooks it; as in dt.py windows are padded on the right, the
-target is a quantile of the returns in the kept data, and steps past `timesteps` share an embedding.
+no loss on text beside (6), an option of the authors' code; A and B have the same step size, as in their
+runs (their script asks for a tenth, which their optimiser overlooks); as in dt.py w_t begins small, windows
+are padded on the right, the target is a quantile of the returns in the kept data, and steps past `timesteps`
+share an embedding.
 
   python algorithms/language/lamo.py --config_path \
       configs/language/lamo/reef/halfcheetah/medium-replay-v1-pretrained-10.yaml
@@ -76,16 +77,15 @@ class Config:
     variant: str = "default"  # names these settings in the run's folder and in the tables
     share: Share = 1.0  # of the dataset's episodes, drawn by the seed: all there is to learn from
     model: str = "models/smollm2-135m-instruct"  # folder or hub id of a language model built as Llama
-    pretrained: bool = True  # with its weights; false: the same layers, as frozen, from random weights
+    pretrained: bool = True  # with its weights; false: with the entries of each matrix in random order
     backbone_layers: Count = 4  # the first ones of the model's layers: as many as a core affords
     lora_rank: Count = 16  # r of (4)
     lora_alpha: Size = 32.0  # alpha of (4)
     updates: Count = 100_000  # gradient updates
     batch_size: Count = 64  # windows in an update
     context: Count = 20  # steps in a window, and the steps that the policy remembers
-    actor_lr: Size = 1e-4  # AdamW's step size, once it is warm, of embeddings and head
-    lora_step: Share = 0.1  # step size of A and B of (4), as a share of the others'
-    warmup_updates: Count = 2500  # updates over which the step sizes rise from 0, along a line
+    actor_lr: Size = 1e-4  # AdamW's step size, once it is warm
+    warmup_updates: Count = 2500  # updates over which the step size rises from 0, along a line
     weight_decay: Size = 1e-5  # AdamW's
     gradient_norm: Size = 0.25  # longer gradients are cut to this length
     dropout: Share = 0.1  # of the tokens, in training
@@ -124,14 +124,9 @@ class LaMo:
         self.config, self.scaler, self.updates = config, scaler, 0
         obs_dim, act_dim, device = scaler.obs_dim, scaler.act_dim, scaler.mean.device
         self.actor = LanguageTransformer(config, obs_dim, act_dim).to(device)
-        trained = {name: p for name, p in self.actor.named_parameters() if p.requires_grad}
-        groups = [
-            {"params": [p for name, p in trained.items() if "lora" not in name], "lr": config.actor_lr},
-            {"params": [p for name, p in trained.items() if "lora" in name],
-             "lr": config.lora_step * config.actor_lr},
-        ]
-        self.actor_optimizer = torch.optim.AdamW(
-            groups, weight_decay=config.weight_decay, eps=1e-6, fused=True)  # eps: the authors'
+        trained = [weight for weight in self.actor.parameters() if weight.requires_grad]
+        self.actor_optimizer = torch.optim.AdamW(  # eps: the authors'
+            trained, config.actor_lr, weight_decay=config.weight_decay, eps=1e-6, fused=True)
         self.actor_schedule = torch.optim.lr_scheduler.LambdaLR(
             self.actor_optimizer, lambda update: min((update + 1) / config.warmup_updates, 1))
         self.history = collections.deque(maxlen=config.context)  # of an episode's steps, for `act`
@@ -241,6 +236,7 @@ class LanguageTransformer(nn.Module):
         self.embed_observation, self.embed_action = ResidualMLP(obs_dim, dim), ResidualMLP(act_dim, dim)
         self.head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, act_dim))
         self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(config.dropout)
+        nn.init.normal_(self.embed_timestep.weight, std=0.02)  # torch's 1 would drown the tokens
 
     def forward(self, window: dict[str, Tensor]) -> Tensor:
         timesteps = window["timesteps"].long().clamp(max=self.embed_timestep.num_embeddings - 1)
@@ -257,7 +253,7 @@ class LanguageTransformer(nn.Module):
         return self.head(outputs[..., 1::3, :])  # (5): at the observations
 
     def state_dict(self, *arguments, **options) -> dict[str, Tensor]:
-        """Without the frozen weights: they are in the model's folder, or follow from the seed."""
+        """Without the frozen weights: they follow from the model's folder and the seed."""
         frozen = {name for name, weight in self.named_parameters() if not weight.requires_grad}
         state = super().state_dict(*arguments, **options)
         return {name: value for name, value in state.items() if name not in frozen}
@@ -286,13 +282,13 @@ def language_layers(config: Config) -> nn.Module:
     shape.num_hidden_layers = config.backbone_layers
     with explain(f"model: cannot load {config.model}", advice), torch.random.fork_rng():
         torch.manual_seed(config.seed)  # then what is trained begins alike with either
-        if config.pretrained:
-            model = transformers.AutoModel.from_pretrained(config.model, config=shape, dtype=torch.float32)
-        else:
-            model = transformers.AutoModel.from_config(shape, dtype=torch.float32)
-    model.config.use_cache = False
-    model.set_input_embeddings(nn.Identity())  # the words' are not needed
-    return model.requires_grad_(False)
+        model = transformers.AutoModel.from_pretrained(config.model, config=shape, dtype=torch.float32)
+        model.set_input_embeddings(nn.Identity())  # the words' are not needed
+        model.config.use_cache = False
+        for weight in model.requires_grad_(False).parameters():
+            if not config.pretrained and weight.ndim == 2:  # as large as text left them, and nothing else
+                weight.copy_(weight.flatten()[torch.randperm(weight.numel())].view_as(weight))
+    return model
 
 
 def fingerprint(network: nn.Module) -> Tensor:
