@@ -240,14 +240,27 @@ def test_the_context_is_what_episodes_that_are_over_have_shown(monkeypatch):
         learner.choose(np.array([3, 4]), last | {"ended": np.array([True, False])})
 
 
-@pytest.mark.equation(4)
-def test_it_draws_by_probability():
-    learner = small()
+@pytest.mark.equation(4, 5)
+@pytest.mark.parametrize("redraw", [0.0, 0.4, 1.0])
+def test_it_draws_by_probability(redraw):
+    """In every step; and with the noise of the step before but for a share of the agents."""
+    learner, agents = small(redraw=redraw), 20_000
     empty = {name: torch.zeros(1, 0, dtype=torch.int64) for name in NAMES}
-    wanted = softmax(logits_by_hand(learner.actor, empty | {"query": torch.tensor([7])}))[0, 0]
+    queries = ({"query": torch.tensor([state])} for state in (7, 2))
+    logits = [logits_by_hand(learner.actor, empty | query)[0, 0] for query in queries]
     torch.manual_seed(0)
-    drawn = learner.choose(np.full(20_000, 7), None)
-    assert np.bincount(drawn, minlength=5) / 20_000 == pytest.approx(wanted, abs=0.015)
+    first, noise = learner.choose(np.full(agents, 7), None), learner.noise.numpy()
+    assert np.array_equal(first, (logits[0] + noise).argmax(1))
+    last = {"states": np.full(agents, 7), "actions": first, "rewards": first, "ended": np.zeros(agents, bool)}
+    later = learner.choose(np.full(agents, 2), last)
+    for drawn, wanted in zip((first, later), map(softmax, logits)):
+        assert np.bincount(drawn, minlength=5) / agents == pytest.approx(wanted, abs=0.015)
+    anew = (learner.noise.numpy() != noise).all(1)
+    assert anew.mean() == pytest.approx(redraw, abs=0.015)
+    assert np.array_equal(later[~anew], (logits[1] + noise).argmax(1)[~anew])
+    noise = learner.noise.numpy()
+    learner.choose(np.full(agents, 7), last | {"ended": np.ones(agents, bool)})
+    assert (learner.noise.numpy() != noise).all()  # an episode begins
 
 
 # -------------------------------------------------- runs --------------------------------------------------

@@ -3,8 +3,9 @@
   python tools/by_task.py                       runs of context/multitask below results/runs
   python tools/by_task.py RUNS --alone results/scores/dt.csv --variant small
 
-Those alone are taken from a file of recorded scores: the final ones, of one variant, on the same datasets. It
-prints a table, a row a task, means and deviations over seeds, and writes every score to a file.
+Those alone are taken from a file of recorded scores, of one variant, on the same datasets: at the end, and
+where they were evaluated then, after as many windows of the task as one of n tasks has seen: an n-th of the
+updates. It prints a table, a row a task, means and deviations over seeds, and writes every score to a file.
 """
 
 import argparse
@@ -38,20 +39,26 @@ def scores_together(folder: Path) -> Iterator[dict]:
             if info["status"] != "finished" or "others" not in config:
                 continue
             learner = learner_name(names["family"], names["algorithm"], names["variant"])
-            for task in (config["dataset"], *config["others"]):
+            tasks = [config["dataset"], *config["others"]]
+            for task in tasks:
                 yield {"task": task, "learner": learner.removeprefix("context "), "seed": config["seed"],
-                       "updates": config["updates"], "score": info[f"{task}/score"]}
+                       "updates": config["updates"], "score": info[f"{task}/score"],
+                       "share": config["updates"] // len(tasks)}  # of the updates, a task's
         except DAMAGED as error:  # named, and the others are shown
             print(f"skipped {record.parent}: {error!s:.150}", file=sys.stderr)
 
 
-def scores_alone(file: Path, variant: str) -> pd.DataFrame:
-    """The same columns of recorded runs."""
+def scores_alone(file: Path, variant: str, share: int) -> pd.DataFrame:
+    """The same columns of recorded runs, at the end and after that many updates."""
     try:
         table = pd.read_csv(file)
-        table = table[(table["phase"] == "final") & (table["variant"] == variant)]
+        final, early = table["phase"] == "final", (table["phase"] == "training") & (table["update"] == share)
+        table = table[(final | early) & (table["variant"] == variant)]
         names = table[["family", "algorithm", "variant"]].to_numpy()
-        table = table.assign(task=table["dataset"], learner=[learner_name(*name) for name in names])
+        learners = [learner_name(*name) for name in names]
+        learners = [f"{name} at {share:,}" if phase == "training" else name
+                    for name, phase in zip(learners, table["phase"])]
+        table = table.assign(task=table["dataset"], learner=learners)
         return table.rename(columns={"update": "updates"})[["task", "learner", "seed", "updates", "score"]]
     except DAMAGED as error:
         raise UserError(f"--alone: {file} is no file of recorded scores ({error!s:.80})") from None
@@ -61,7 +68,7 @@ def compare(options: argparse.Namespace) -> None:
     together = pd.DataFrame(scores_together(options.runs))
     if together.empty:
         raise UserError(f"no finished run of several tasks in {options.runs}")
-    alone = scores_alone(options.alone, options.variant)
+    alone = scores_alone(options.alone, options.variant, together.pop("share").max())
     alone = alone[alone["task"].isin(together["task"])]
     table = pd.concat([together, alone]).sort_values(["task", "learner", "seed"])
     write(options.out, table.to_csv(index=False))

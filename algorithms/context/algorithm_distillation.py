@@ -86,9 +86,8 @@ class Config:
     hidden_layers: Count = 3  # blocks of the transformer, one attention head each
     eval_every: Count = 1000  # updates between evaluations
     eval_episodes: Count = 20  # episodes in context, on every goal
-    eval_rounds: Count = 1  # agents on every goal, each with a context of its own
     final_eval_episodes: Count = 40  # episodes in context of the evaluation that is the score
-    final_eval_rounds: Count = 3  # agents of that evaluation on every goal
+    final_eval_rounds: Count = 3  # agents on every goal in that evaluation, each with a context of its own
     log_every: Count = 200  # updates between rows of metrics.csv
     checkpoint_every: Count = 1000  # updates between checkpoints
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -227,7 +226,7 @@ def train(config: Config) -> None:
     lives = read_lives(dataset)
     data = life_steps(lives, dataset.action_space.n, config, device)
     held_out, told = (dataset.storage.metadata[f"{kind}_goals"] for kind in ("held_out", "training"))
-    rooms = make_rooms(dataset, held_out * config.eval_rounds)
+    rooms = make_rooms(dataset, held_out)
     final_rooms = make_rooms(dataset, held_out * config.final_eval_rounds)
 
     learner = AD(config, dataset.observation_space.n, dataset.action_space.n, device)

@@ -3,19 +3,17 @@
 A transformer is shown some transitions of a task, in any order, and a state, and is trained on the best
 action there, which is known in training. Where the transitions leave open which task it is, the best that it
 can do is to mix the tasks that fit them, by how well they fit: acting by what it predicts is posterior
-sampling, and exploration comes out of imitation. On a goal that it has never seen it collects the transitions
-itself.
+sampling, and exploration comes out of imitation. On a new goal it collects the transitions itself.
 
   (1)  D = {(s_i, a_i, r_i, s'_i)}, i = 1 ... n       random actions in random states of one task
   (2)  x_0 = E_q(s),  x_i = E_s(s_i) + E_a(a_i) + E_r(r_i) + E_n(s'_i)   no places; attention looks back
   (3)  L = mean -log pi(a* | s, D_1, ..., D_j)        over j from 0 to n; a*: one of the best, each as likely
-  (4)  acting: a ~ pi(. | s, D), D: the last n transitions of the episodes that are over
+  (4)  acting: argmax_a log pi(a | s, D) + g_a        D: the last n transitions of the episodes that are over
+  (5)  g_a = -log -log u_a, u_a uniform: a ~ pi       drawn as an episode begins and, by chance, later in it
 
 Differences from the paper: of the lives in the dataset it takes only where actions lead, and their goals; in
-a share `found` of the tasks up to 90 % of the moves end on the goal; a label is not one best action but all
-of them alike, so that it explores evenly; acting, the last transition of an episode is left out, as its s' is
-another episode's start; transitions have no embedded places, where its code has GPT-2's (order tells a
-little: attention looks back only); the loss counts j = 0 too.
+a share `found` of the tasks up to 90 % of the moves end on the goal; all best actions are the label; j may be
+0; tokens have no places; an episode's last transition is left out (s' is another's start); g stays a while.
 
   make dataset ID=reef/dark-room/histories-v0
   python algorithms/context/dpt.py --dataset reef/dark-room/histories-v0
@@ -82,14 +80,14 @@ class Config:
     warmup_updates: Count = 200  # updates over which the step size rises from 0, along a line
     weight_decay: Size = 1e-4  # AdamW's
     gradient_norm: Size = 1.0  # longer gradients are cut to this length
+    redraw: Share = 0.2  # of the steps at which (5) is drawn anew; at 1, as in the paper, it walks to and fro
     dropout: Share = 0.0  # of embeddings, attention and residual branches, in training
     hidden_dim: Count = 64  # size of a token
     hidden_layers: Count = 3  # blocks of the transformer, one attention head each
     eval_every: Count = 1000  # updates between evaluations
     eval_episodes: Count = 20  # episodes in context, on every goal
-    eval_rounds: Count = 1  # agents on every goal, each with a context of its own
     final_eval_episodes: Count = 40  # episodes in context of the evaluation that is the score
-    final_eval_rounds: Count = 3  # agents of that evaluation on every goal
+    final_eval_rounds: Count = 3  # agents on every goal in that evaluation, each with a context of its own
     log_every: Count = 200  # updates between rows of metrics.csv
     checkpoint_every: Count = 1000  # updates between checkpoints
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -170,7 +168,10 @@ class DPT:
         self.actor.eval()  # without dropout
         logits = self.actor(batch)[:, -1]
         self.actor.train()
-        return torch.distributions.Categorical(logits=logits).sample().cpu().numpy()
+        noise = -torch.empty_like(logits).exponential_().log()  # (5)
+        anew = torch.rand(len(states), 1, device=device) < self.config.redraw
+        self.noise = torch.where(anew, noise, self.noise) if self.episode else noise  # [G, actions]
+        return (logits + self.noise).argmax(-1).cpu().numpy()  # (4)
 
 
 # -------------------------------------------- Networks --------------------------------------------
@@ -240,10 +241,9 @@ def train(config: Config) -> None:
     dataset = load_dataset(config.dataset)
     lives = read_lives(dataset)
     moves = find_moves(lives, device)
-    best = np.array(dataset.storage.metadata["best_actions"], np.float32)
-    best = torch.as_tensor(best, device=device)  # [goals, states, actions]
+    best = torch.tensor(dataset.storage.metadata["best_actions"], device=device).float()  # by goal and state
     held_out, told = (dataset.storage.metadata[f"{kind}_goals"] for kind in ("held_out", "training"))
-    rooms = make_rooms(dataset, held_out * config.eval_rounds)
+    rooms = make_rooms(dataset, held_out)
     final_rooms = make_rooms(dataset, held_out * config.final_eval_rounds)
 
     learner = DPT(config, dataset.observation_space.n, dataset.action_space.n, device)

@@ -16,8 +16,8 @@ by what they earned, and read by cross attention. So a life may be long and the 
 Differences from the paper: keys are sums of fixed random vectors (its own: a language model); episodes of the
 room are the memory, in training those of another learner with the same goal up to some moment, so that they
 show the goal, not habits; (4) also in training, where the paper's u_j counts the task, and of plain
-similarities (its code scales both terms to [0, 1]); eight episodes are weighed, and beside them one learned
-row can be read (its code reads the best alone); M_t; any action may be drawn, where its code has a top half.
+similarities (its code scales both terms to [0, 1]); two episodes and a learned row are read (its code: one);
+in training most keys are of no step; M_t; likely actions are drawn more often, where its code has a top half.
 
   make dataset ID=reef/dark-room/histories-v0
   python algorithms/context/retrieval.py --dataset reef/dark-room/histories-v0
@@ -81,22 +81,22 @@ class Config:
     memory: Count = 64  # episodes in a memory, in training
     found: Count = 50  # episodes of (3)
     too_alike: Share = 0.98  # similarity of (3) above which an episode says nothing new
-    kept: Count = 8  # episodes of (4)
+    kept: Count = 2  # episodes of (4)
     key_dim: Count = 64  # size of a key
-    query_dropout: Share = 0.2  # of keys that are nothing, in training: then (4) is what they earned
+    query_dropout: Share = 0.8  # of keys that are nothing, in training: then (4) is what they earned
+    temperature: Positive = 0.5  # of the draw of an action: 1 acts as the episodes that were imitated
     target: float = 15.0  # return to ask for, (8)
     actor_lr: Size = 1e-3  # AdamW's step size once it is warm
     warmup_updates: Count = 500  # updates over which the step size rises from 0, along a line
     weight_decay: Size = 1e-4  # AdamW's
     gradient_norm: Size = 1.0  # longer gradients are cut to this length
-    dropout: Share = 0.1  # of embeddings, attention and residual branches, in training
+    dropout: Share = 0.0  # of embeddings, attention and residual branches, in training
     hidden_dim: Count = 64  # size of a token
     hidden_layers: Count = 4  # blocks of the transformer, one attention head each
     eval_every: Count = 2000  # updates between evaluations
     eval_episodes: Count = 20  # episodes in context, on every goal
-    eval_rounds: Count = 1  # agents on every goal, each with a context of its own
     final_eval_episodes: Count = 40  # episodes in context of the evaluation that is the score
-    final_eval_rounds: Count = 5  # agents of that evaluation on every goal
+    final_eval_rounds: Count = 5  # agents on every goal in that evaluation, each with a context of its own
     log_every: Count = 500  # updates between rows of metrics.csv
     checkpoint_every: Count = 2000  # updates between checkpoints
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -198,7 +198,7 @@ class RADT:
         self.actor.eval()  # without dropout
         logits = self.actor(batch, to_go, kept, weights)[:, self.step]  # which sees no later step
         self.actor.train()
-        return torch.distributions.Categorical(logits=logits).sample().cpu().numpy()
+        return torch.distributions.Categorical(logits=logits / self.config.temperature).sample().cpu().numpy()
 
     def begin_episode(self, agents: int) -> None:
         self.step, empty = 0, np.zeros((agents, self.actor.steps), int)
@@ -343,7 +343,7 @@ def train(config: Config) -> None:
     data = life_episodes(lives, device)  # [lives, episodes, steps]
     steps, shape = data["states"].shape[2], data["states"].shape[:2]
     held_out = dataset.storage.metadata["held_out_goals"]
-    rooms = make_rooms(dataset, held_out * config.eval_rounds)
+    rooms = make_rooms(dataset, held_out)
     final_rooms = make_rooms(dataset, held_out * config.final_eval_rounds)
 
     learner = RADT(config, dataset.observation_space.n, dataset.action_space.n, steps, device)
