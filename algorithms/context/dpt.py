@@ -71,7 +71,7 @@ class Config:
     dataset: str = "reef/dark-room/histories-v0"  # Minari id of lives of learners
     seed: int = 0  # of networks, batches, actions and evaluations
     variant: str = "default"  # names these settings in the run's folder and in the tables
-    updates: Count = 6000  # gradient updates
+    updates: Count = 12_000  # gradient updates
     batch_size: Count = 32  # tasks in an update
     context: Count = 100  # n of (1): transitions
     columns: Count = 10  # cells in a row of the room; 1: states are no cells, each is a thing of its own
@@ -84,7 +84,7 @@ class Config:
     dropout: Share = 0.0  # of embeddings, attention and residual branches, in training
     hidden_dim: Count = 64  # size of a token
     hidden_layers: Count = 3  # blocks of the transformer, one attention head each
-    eval_every: Count = 1000  # updates between evaluations
+    eval_every: Count = 2000  # updates between evaluations
     eval_episodes: Count = 20  # episodes in context, on every goal
     final_eval_episodes: Count = 40  # episodes in context of the evaluation that is the score
     final_eval_rounds: Count = 3  # agents on every goal in that evaluation, each with a context of its own

@@ -74,7 +74,7 @@ class Config:
     dataset: str = "reef/dark-room/histories-v0"  # Minari id of lives of learners
     seed: int = 0  # of networks, batches, actions and evaluations
     variant: str = "default"  # names these settings in the run's folder and in the tables
-    updates: Count = 10_000  # gradient updates
+    updates: Count = 12_000  # gradient updates
     batch_size: Count = 64  # episodes in an update
     columns: Count = 10  # cells in a row of the room; 1: states are no cells, each is a thing of its own
     retrieve: bool = True  # false: without the memory, a decision transformer
