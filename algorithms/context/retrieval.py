@@ -17,7 +17,7 @@ Differences from the paper: keys are sums of fixed random vectors (its own: a la
 room are the memory, in training those of another learner with the same goal up to some moment, so that they
 show the goal, not habits; (4) also in training, where the paper's u_j counts the task, and of plain
 similarities (its code scales both terms to [0, 1]); two episodes and a learned row are read (its code: one);
-in training most keys are of no step; M_t; likely actions are drawn more often, where its code has a top half.
+in training most keys are of no step; M_t; any action may be drawn, where its code has a top half.
 
   make dataset ID=reef/dark-room/histories-v0
   python algorithms/context/retrieval.py --dataset reef/dark-room/histories-v0
@@ -84,7 +84,6 @@ class Config:
     kept: Count = 2  # episodes of (4)
     key_dim: Count = 64  # size of a key
     query_dropout: Share = 0.8  # of keys that are nothing, in training: then (4) is what they earned
-    temperature: Positive = 0.5  # of the draw of an action: 1 acts as the episodes that were imitated
     target: float = 15.0  # return to ask for, (8)
     actor_lr: Size = 1e-3  # AdamW's step size once it is warm
     warmup_updates: Count = 500  # updates over which the step size rises from 0, along a line
@@ -198,7 +197,7 @@ class RADT:
         self.actor.eval()  # without dropout
         logits = self.actor(batch, to_go, kept, weights)[:, self.step]  # which sees no later step
         self.actor.train()
-        return torch.distributions.Categorical(logits=logits / self.config.temperature).sample().cpu().numpy()
+        return torch.distributions.Categorical(logits=logits).sample().cpu().numpy()
 
     def begin_episode(self, agents: int) -> None:
         self.step, empty = 0, np.zeros((agents, self.actor.steps), int)
