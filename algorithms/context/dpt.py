@@ -9,11 +9,11 @@ sampling, and exploration comes out of imitation. On a new goal it collects the 
   (2)  x_0 = E_q(s),  x_i = E_s(s_i) + E_a(a_i) + E_r(r_i) + E_n(s'_i)   no places; attention looks back
   (3)  L = mean -log pi(a* | s, D_1, ..., D_j)        over j from 0 to n; a*: one of the best, each as likely
   (4)  acting: argmax_a log pi(a | s, D) + g_a        D: the last n transitions of the episodes that are over
-  (5)  g_a = -log -log u_a, u_a uniform: a ~ pi       drawn as an episode begins and, by chance, later in it
+  (5)  g_a = -log(-log u_a), u_a uniform: a ~ pi      drawn as an episode begins and, by chance, later in it
 
 Differences from the paper: of the lives in the dataset it takes only where actions lead, and their goals; in
 a share `found` of the tasks up to 90 % of the moves end on the goal; all best actions are the label; j may be
-0; tokens have no places; an episode's last transition is left out (s' is another's start); g stays a while.
+0; tokens have no places; an episode's last transition is left out (s' is another's start); g may stay.
 
   make dataset ID=reef/dark-room/histories-v0
   python algorithms/context/dpt.py --dataset reef/dark-room/histories-v0
