@@ -10,7 +10,7 @@
 ## make scores           gather finished runs into results/scores/*.csv
 ## make plot             learning curves and a table of the runs in results/runs
 ## make report           tables, figures and a page of all recorded scores, in results/report
-## make benchmark-quick  what is missing of configs/benchmark/quick.yaml, then scores and report (under two hours)
+## make benchmark-quick  what is missing of configs/benchmark/quick.yaml, then scores and report (three hours)
 ## make lint             ruff
 ##
 ## PYTHON=...       the Python that .venv is made with (3.11 or newer; python3.11 where there is one, else python3)

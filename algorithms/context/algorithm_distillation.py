@@ -76,7 +76,7 @@ class Config:
     batch_size: Count = 32  # windows in an update
     context: Count = 100  # L of (3) and (4), in steps: several episodes
     columns: Count = 10  # cells in a row of the room; 1: states are no cells, each is a thing of its own
-    stride: Count = 10  # of a life every so manieth episode is kept
+    stride: Count = 10  # of a life one episode in so many is kept
     actor_lr: Size = 1e-3  # AdamW's step size once it is warm
     warmup_updates: Count = 200  # updates over which the step size rises from 0, along a line
     weight_decay: Size = 1e-4  # AdamW's
