@@ -278,6 +278,22 @@ def test_a_run_in_two_phases(root, scores, run, capsys, monkeypatch):
     assert places == sorted(places)
 
 
+def test_a_run_in_context(root, scores, run):
+    """Its record has a summary alone: the returns by episode are in files of their own."""
+    folder = run("bc")
+    info = json.loads((folder / "run.json").read_text())
+    for name in ("return_std", "length_mean", "success"):
+        del info[name]
+    (folder / "run.json").write_text(json.dumps(info | {"return_first": 1.5}))
+    (folder / "evaluations.csv").write_text("update\n")
+    assert scores.main([]) == 0
+    rows = read(root)
+    assert list(zip(rows["update"], rows["phase"], rows["episodes"])) == [
+        (20, "training", 3), (40, "training", 3), (40, "final", 12)]
+    assert rows["return_mean"].iloc[-1] == pytest.approx(info["return_mean"], rel=1e-5)
+    assert rows[["return_std", "length_mean", "success"]].iloc[-1].isna().all()
+
+
 def test_tables(root, scores, run):
     plain, unscored = run("bc"), run("td3_bc")
     for seed, score in [(1, 20.0), (2, 60.0)]:

@@ -89,6 +89,7 @@ def draw(table: pd.DataFrame, source: list[float]) -> Figure:
         axes.plot(range(1, len(source) + 1), source, color="#808080", lw=1, label="learners of the data")
         axes.axhline(table["best"].mean(), color="#808080", lw=1, ls=":", label="optimum")
         axes.set(xscale="log", xlabel="episode", ylabel="return")
+        axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set_title("Goals that no training saw, without a gradient step")
         axes.legend(loc="upper left", fontsize=8)
     return figure

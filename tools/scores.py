@@ -5,6 +5,7 @@
 
 A row is one evaluation of a run, so results/scores alone draws every learning curve, against updates or wall
 time. The last row of a run, of phase `final`, is its score and holds what is known of the run as a whole.
+Of runs in context `episodes` are those of one agent; their returns have a table of tools/in_context.py.
 A run that goes on online has phases `offline` and `online` for `training`, and columns of its own: the steps
 of experience, the score at the switch, the lowest after it and the regret.
 A run counts if its settings are those of a file under configs/, which the README links. It may take its model
@@ -114,10 +115,17 @@ def read_run(folder: Path, name: dict, info: dict) -> pd.DataFrame:
     metrics = pd.read_csv(folder / "metrics.csv").dropna(subset="eval/return_mean")
     metrics = metrics.rename(columns=lambda column: re.sub("^(eval|time)/", "", column))
     metrics = metrics.assign(phase="training")
-    final = {column: info[column] for column in [*RESULT, "best_score", *CLOCK, *RECORD]}
+    in_context = "return_first" in info  # then returns by episode stand in files of their own
+    result = RESULT[:2] if in_context else RESULT
+    final = {column: info[column] for column in [*result, "best_score", *CLOCK, *RECORD]}
     final["versions"] = " ".join(f"{each}=={version}" for each, version in sorted(info["versions"].items()))
-    evaluations = pd.read_csv(folder / "evaluations.csv")
-    (last,) = evaluations.loc[evaluations["phase"] == "final", "update"].unique()
+    if in_context:
+        sizes = {"training": config["eval_episodes"], "final": config["final_eval_episodes"]}
+        episodes, last = pd.DataFrame(sizes.items(), columns=["phase", "episodes"]), config["updates"]
+    else:
+        evaluations = pd.read_csv(folder / "evaluations.csv")
+        (last,) = evaluations.loc[evaluations["phase"] == "final", "update"].unique()
+        episodes = evaluations.groupby(["update", "phase"]).size().reset_index(name="episodes")
     final |= {"update": last, "phase": "final"}
     if "online_steps" in config:
         before = metrics["update"] <= config["updates"]
@@ -125,8 +133,7 @@ def read_run(folder: Path, name: dict, info: dict) -> pd.DataFrame:
         metrics["online_steps"] = metrics.get("online/steps", 0.0)
         metrics.loc[before, "online_steps"] = 0.0
         final |= {column: info[column] for column in SWITCH} | {"online_steps": config["online_steps"]}
-    episodes = evaluations.groupby(["update", "phase"], as_index=False).size()
-    rows = pd.concat([metrics, pd.DataFrame([final])]).merge(episodes.rename(columns={"size": "episodes"}))
+    rows = pd.concat([metrics, pd.DataFrame([final])]).merge(episodes)
     return rows.assign(**name).reindex(columns=COLUMNS + ONLINE)
 
 
