@@ -303,7 +303,7 @@ def scores_block(comparisons: list[Comparison]) -> str:
     if compared:
         block = BLOCK.format(seeds=MIN_SEEDS, baseline=BASELINE, table=aggregate_table(compared))
         names = ", ".join(escape(one.suite) for one in rest)
-        block += f"\nNot compared yet, for want of seeds: {names}.\n" * bool(rest)
+        block += f"\nNot compared, for want of seeds or of a second algorithm: {names}.\n" * bool(rest)
     return f"{block}\n{LINKS}"
 
 
