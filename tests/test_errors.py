@@ -74,7 +74,7 @@ ARGUMENTS = {
     "--actor_lr=-1e-4": ["actor_lr: '-1e-4' is not float in [0, "],
     "--reward_scale nan": ["reward_scale: 'nan'"],
     "--ref_min low": ["ref_min:", "low"],
-    "--precision low": ["precision: 'low' is not highest or high or medium"],
+    "--precision low": ["precision: 'low' is not highest or high or medium or auto"],
     "--wandb_mode online?": ["wandb_mode: 'online?' is not offline or online or disabled"],
     "--config_path": ["--config_path: expected one argument"],
 }
@@ -101,7 +101,7 @@ YAML = {
     "discount: .nan": ["discount: nan"],
     "discount: .inf": ["discount: inf"],
     "actor_lr: fast": ["actor_lr:", "'fast'"],
-    "precision: [high]": ["precision: ['high'] is not highest or high or medium"],
+    "precision: [high]": ["precision: ['high'] is not highest or high or medium or auto"],
     "wandb_mode: off": ["wandb_mode: False is not offline or online or disabled"],
     "- seed\n- 3": ["cannot read the config"],
     "3": ["cannot read the config"],

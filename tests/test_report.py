@@ -29,6 +29,7 @@ The end, with a \\1 in it.
 """
 VERSIONS = "numpy==2.4.6 python==3.11.7 torch==2.13.0+cpu"
 RECORD = {"commit": "a" * 40, "config_hash": "c" * 64, "dataset_hash": "d" * 64, "device": "cpu: X"}
+RECORD |= {"precision": "highest"}
 
 
 def run(algorithm="bc", dataset=MAZES[2], seed=0, score=10.0, curve=(), **fields) -> list[dict]:

@@ -422,7 +422,7 @@ def test_what_a_run_folder_holds(scripts, finished, pendulum, name):
     assert info["config"] == vars(config)
     assert info["status"] == "finished"
     assert len(info["dataset_hash"]) == len(info["config_hash"]) == 64
-    assert (info["threads"], info["compiled"]) == (1, False)
+    assert (info["threads"], info["compiled"], info["precision"]) == (1, False, "highest")
     assert info["device"].startswith("cpu: ")
     assert len(info["device"]) > len("cpu: ")
     assert info["versions"]["torch"] == torch.__version__
@@ -624,6 +624,19 @@ def test_every_field_changes_something(scripts, brief, tmp_path, monkeypatch, na
         else:
             assert "weights" not in result, field
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("bfloat16", [True, False, None])
+def test_precision_auto_is_medium_where_the_processor_has_bfloat16(scripts, monkeypatch, bfloat16):
+    known = {} if bfloat16 is None else {"avx512_bf16": bfloat16}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    script = scripts["td3_bc"]
+    names = ("highest", "high", "medium")
+    wanted = {name: name for name in names} | {"auto": "medium" if bfloat16 else "highest"}
+    for asked, found in wanted.items():
+        device = script.set_up_torch(script.Config(precision=asked, device="cpu", threads=1))
+        assert torch.get_float32_matmul_precision() == found
+        assert script.provenance(device)["precision"] == found
 
 
 def test_denormals_are_flushed(call, scripts, pendulum, tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ from common import (
 
 RESULT = ["score", "return_mean", "return_std", "length_mean", "success"]
 CLOCK = ["wall_seconds", "updates_per_second"]
-RECORD = ["commit", "config_hash", "dataset_hash", "device", "versions"]
+RECORD = ["commit", "config_hash", "dataset_hash", "device", "precision", "versions"]
 COLUMNS = [*KEY, "update", "phase", *RESULT, "episodes", "best_score", *CLOCK, *RECORD]
 SWITCH = ["score_at_switch", "lowest_score_after_switch", "regret"]
 ONLINE = ["online_steps", *SWITCH]  # only in files that have runs which went on online
@@ -117,6 +117,7 @@ def read_run(folder: Path, name: dict, info: dict) -> pd.DataFrame:
     metrics = metrics.assign(phase="training")
     in_context = "return_first" in info  # then returns by episode stand in files of their own
     result = RESULT[:2] if in_context else RESULT
+    info = {"precision": config.get("precision"), **info}  # earlier runs did not note what auto came to
     final = {column: info[column] for column in [*result, "best_score", *CLOCK, *RECORD]}
     final["versions"] = " ".join(f"{each}=={version}" for each, version in sorted(info["versions"].items()))
     if in_context:

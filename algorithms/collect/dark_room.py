@@ -313,7 +313,7 @@ def parse_config(arguments: list[str]) -> Config:
     register(Positive, partial(number, float, 1e-6, math.inf))
     register(Share, partial(number, float, 0, 1))
     register(bool, partial(choice, (True, False)))
-    register(Precision, partial(choice, ("highest", "high", "medium")))
+    register(Precision, partial(choice, ("highest", "high", "medium", "auto")))
     register(WandbMode, partial(choice, ("offline", "online", "disabled")))
     register(str, text)
     register(Config, decode_config)

@@ -234,11 +234,13 @@ def set_up_torch(config: Config) -> torch.device:
     """Seeds torch, sets its threads and precision, and finds the device."""
     torch.manual_seed(config.seed)
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    torch.set_float32_matmul_precision(config.precision)
     torch.set_flush_denormal(True)  # Adam's moments of idle weights end in denormals: slow to compute with
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     with explain(f"device: cannot use {config.device}", "see --device"):
-        return torch.zeros(1, device=auto if config.device == "auto" else config.device).device
+        device = torch.zeros(1, device=auto if config.device == "auto" else config.device).device
+    auto = "medium" if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16") else "highest"
+    torch.set_float32_matmul_precision(auto if config.precision == "auto" else config.precision)
+    return device
 
 
 # ------------------------------ The command line and its errors ------------------------------
@@ -271,7 +273,7 @@ def parse_config(arguments: list[str]) -> Config:
     register(Positive, partial(number, float, 1e-6, math.inf))
     register(Share, partial(number, float, 0, 1))
     register(bool, partial(choice, (True, False)))
-    register(Precision, partial(choice, ("highest", "high", "medium")))
+    register(Precision, partial(choice, ("highest", "high", "medium", "auto")))
     register(WandbMode, partial(choice, ("offline", "online", "disabled")))
     register(str, text)
     register(Config, decode_config)

@@ -416,11 +416,13 @@ def set_up_torch(config: Config) -> torch.device:
     """Seeds torch, sets its threads and precision, and finds the device."""
     torch.manual_seed(config.seed)
     torch.set_num_threads(config.threads or torch.get_num_threads())
-    torch.set_float32_matmul_precision(config.precision)
     torch.set_flush_denormal(True)  # Adam's moments of idle weights end in denormals: slow to compute with
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     with explain(f"device: cannot use {config.device}", "see --device"):
-        return torch.zeros(1, device=auto if config.device == "auto" else config.device).device
+        device = torch.zeros(1, device=auto if config.device == "auto" else config.device).device
+    auto = "medium" if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16") else "highest"
+    torch.set_float32_matmul_precision(auto if config.precision == "auto" else config.precision)
+    return device
 
 
 class CudaGraph:
@@ -919,14 +921,12 @@ def provenance(device: torch.device) -> dict:
         query = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
         commit = subprocess.run(query, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
     names = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
-    installed = {found.name: found.version for found in importlib.metadata.distributions()}
     versions = {"python": sys.version.partition(" ")[0]}
-    versions |= {name: installed[name] for name in names if name in installed}
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    hardware = cpuinfo.partition("model name\t: ")[2].partition("\n")[0]
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware
-    hardware = f"{device.type}: {hardware}"
-    return {"commit": commit, "device": hardware, "threads": torch.get_num_threads(), "versions": versions}
+    versions |= {each.name: each.version for each in importlib.metadata.distributions() if each.name in names}
+    cpu = torch.cpu.get_capabilities().get("cpu_name", "")
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    facts = {"commit": commit, "device": f"{device.type}: {hardware}", "versions": versions}
+    return facts | {"threads": torch.get_num_threads(), "precision": torch.get_float32_matmul_precision()}
 
 
 # ------------------------------ The command line and its errors ------------------------------
@@ -959,7 +959,7 @@ def parse_config(arguments: list[str]) -> Config:
     register(Positive, partial(number, float, 1e-6, math.inf))
     register(Share, partial(number, float, 0, 1))
     register(bool, partial(choice, (True, False)))
-    register(Precision, partial(choice, ("highest", "high", "medium")))
+    register(Precision, partial(choice, ("highest", "high", "medium", "auto")))
     register(WandbMode, partial(choice, ("offline", "online", "disabled")))
     register(str, text)
     register(Config, decode_config)
