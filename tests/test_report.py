@@ -840,8 +840,8 @@ def change(old: str, new: str):
 BAD = {
     "empty": (lambda _: "", "line 1 is not family,algorithm,dataset"),
     "header": (change("dataset,", "data,"), "line 1 is not family,algorithm,dataset"),
-    "short": (lambda text: text + "offline,bc\n", "line 11 has 2 of 21 fields"),
-    "long": (lambda text: text.rstrip() + ",1\n", "line 10 has 22 of 21 fields"),
+    "short": (lambda text: text + "offline,bc\n", "line 11 has 2 of 22 fields"),
+    "long": (lambda text: text.rstrip() + ",1\n", "line 10 has 23 of 22 fields"),
     "word": (change(",training,1,", ",training,high,"), "line 2: score cannot be 'high'"),
     "infinite": (change(",training,1,", ",training,inf,"), "line 2: score cannot be 'inf'"),
     "missing": (change("default,0,100,", "default,0,,"), "line 2: update cannot be ''"),

@@ -100,7 +100,8 @@ def test_a_run_becomes_a_row_per_evaluation(root, scores, run, capsys):
     rows, info = read(root, "td3_bc"), json.loads((folder / "run.json").read_text())
     columns = (
         "family algorithm dataset variant seed update phase score return_mean return_std length_mean success"
-        " episodes best_score wall_seconds updates_per_second commit config_hash dataset_hash device versions"
+        " episodes best_score wall_seconds updates_per_second commit config_hash dataset_hash device"
+        " precision versions"
     )
     assert list(rows) == columns.split()
     assert list(zip(rows["update"], rows["phase"], rows["episodes"])) == [
@@ -109,7 +110,8 @@ def test_a_run_becomes_a_row_per_evaluation(root, scores, run, capsys):
     *training, final = rows.to_dict("records")
     for name in (*scores.RESULT[:-1], "best_score", *scores.CLOCK):
         assert final[name] == pytest.approx(info[name], rel=1e-5)
-    for name in ("config_hash", "dataset_hash", "device"):
+    assert info["precision"] == "highest"
+    for name in ("config_hash", "dataset_hash", "device", "precision"):
         assert final[name] == info[name]
         assert all(pd.isna(row[name]) for row in training)
     assert f"torch=={info['versions']['torch']}" in final["versions"].split()
@@ -117,6 +119,16 @@ def test_a_run_becomes_a_row_per_evaluation(root, scores, run, capsys):
     metrics = pd.read_csv(folder / "metrics.csv").dropna(subset="eval/score")
     for name, column in {"score": "eval/score", "wall_seconds": "time/wall_seconds"}.items():
         assert [row[name] for row in training] == pytest.approx(list(metrics[column]), rel=1e-5)
+
+
+def test_precision_is_what_auto_came_to_and_before_that_was_noted_what_was_asked_for(root, scores, run):
+    folder = run("bc", seed=3)
+    info = json.loads((folder / "run.json").read_text())
+    for noted, recorded in ({"precision": "medium"}, "medium"), ({}, "highest"):
+        info.pop("precision", None)
+        (folder / "run.json").write_text(json.dumps(info | noted))
+        assert scores.main([]) == 0
+        assert read(root)["precision"].dropna().tolist() == [recorded]
 
 
 def test_runs_are_merged_by_name(root, scores, run, capsys):
