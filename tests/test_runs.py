@@ -756,11 +756,17 @@ def test_wandb_offline_in_a_process_of_its_own(run_script, pendulum, finished, t
 # ------------------------------------ a compiler, and a finished policy ------------------------------------
 
 
-def test_without_a_compiler_it_runs_eagerly_and_says_so_once(call, pendulum, tmp_path, finished, monkeypatch):
-    monkeypatch.setenv("CXX", "/nonexistent/g++")
+@pytest.mark.parametrize("missing", ["g++", "python3-dev"])
+def test_without_a_compiler_it_runs_eagerly_and_says_so_once(
+    call, pendulum, tmp_path, finished, monkeypatch, missing
+):
+    if missing == "g++":
+        monkeypatch.setenv("CXX", "/nonexistent/g++")
+    else:  # Python.h, which what torch compiles includes
+        monkeypatch.setattr(sys, "base_prefix", str(tmp_path / "no python"))
     status, _, err = call("td3_bc", *short(pendulum, tmp_path, compile="true"))
     assert status == 0
-    assert err.count("\n") == err.count("no C++ compiler") == 1
+    assert err.count("\n") == err.count("no g++ or no python3-dev here") == 1
     folder, eager = place(tmp_path, "td3_bc", pendulum), place(finished, "td3_bc", pendulum)
     assert record(folder)["compiled"] is False
     assert equal(checkpoint(folder)["state"], checkpoint(eager)["state"])

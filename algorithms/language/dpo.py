@@ -665,9 +665,8 @@ class Run:
         table = episodes.reset_index(names="episode").assign(update=update, phase=phase)
         self.evaluations += table[["update", "phase", "episode", *episodes]].to_dict("records")
         (low, high), mean = references, episodes.mean().tolist()
-        result = {"score": math.nan, "return_mean": mean[0], "return_std": episodes["return"].std(ddof=0)}
-        if None not in references:
-            result["score"] = 100 * (mean[0] - low) / (high - low)
+        score = math.nan if None in references else 100 * (mean[0] - low) / (high - low)
+        result = {"score": score, "return_mean": mean[0], "return_std": episodes["return"].std(ddof=0)}
         result |= {"length_mean": mean[1], "success": mean[2]}
         known = {name: float(value) for name, value in result.items() if not math.isnan(value)}
         shown = ", ".join(f"{name} {value:.2f}" for name, value in known.items())

@@ -372,8 +372,9 @@ def optimizers(learner) -> list[torch.optim.Optimizer]:
 
 def compile_methods(learner, *names: str) -> bool:
     """Compiles these methods, on a GPU `learn` becomes a CUDA graph; all stays where there is no compiler."""
-    if not shutil.which(os.environ.get("CXX", "g++")):
-        print("no C++ compiler (g++) here: the losses are not compiled, which is slower", file=sys.stderr)
+    headers = Path(sys.base_prefix).glob(f"include/python3.{sys.version_info.minor}*/Python.h")
+    if not (shutil.which(os.environ.get("CXX", "g++")) and any(headers)):
+        print("no g++ or no python3-dev here: the losses are not compiled, which is slower", file=sys.stderr)
         return False
     options = {"fallback_random": True}  # eager's numbers are faster here, and the same as uncompiled
     for name in names:
@@ -748,9 +749,8 @@ class Run:
         table = episodes.reset_index(names="episode").assign(update=update, phase=phase)
         self.evaluations += table[["update", "phase", "episode", *episodes]].to_dict("records")
         (low, high), mean = references, episodes.mean().tolist()
-        result = {"score": math.nan, "return_mean": mean[0], "return_std": episodes["return"].std(ddof=0)}
-        if None not in references:
-            result["score"] = 100 * (mean[0] - low) / (high - low)
+        score = math.nan if None in references else 100 * (mean[0] - low) / (high - low)
+        result = {"score": score, "return_mean": mean[0], "return_std": episodes["return"].std(ddof=0)}
         result |= {"length_mean": mean[1], "success": mean[2]}
         known = {name: float(value) for name, value in result.items() if not math.isnan(value)}
         shown = ", ".join(f"{name} {value:.2f}" for name, value in known.items())
