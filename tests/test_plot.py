@@ -145,6 +145,32 @@ def test_against_time(make, run, tmp_path):
     assert run(tmp_path, "--time")[0] == 0
 
 
+def test_columns_of_metrics_are_drawn_at_every_row_that_has_them(make, run, tmp_path):
+    """A panel a column; who has no such column has no line, and diamonds are of scores alone."""
+    for seed in (0, 1):
+        file = make("iql", seed, {100: 1.0, 400: 2.0}) / "metrics.csv"
+        table = pd.read_csv(file)
+        table.assign(q=table["update"] / 100 + seed).to_csv(file, index=False)
+    make("bc", curve={})
+    found = plot.draw(*plot.find_runs([tmp_path], ["q", "actor/loss"]), columns=["q", "actor/loss"])
+    values, losses = [axis for axis in found.axes if axis.lines]
+    assert (values.get_ylabel(), losses.get_ylabel()) == ("q", "actor/loss")
+    every = [50, 100, 150, 200, 250, 300, 350, 400]
+    lines = [line for line in values.lines if len(line.get_xdata())]
+    assert [list(line.get_xdata()) for line in lines] == [every] * 3  # two seeds and their mean, no diamond
+    assert sorted(line.get_ydata()[-1] for line in lines) == [4, 4.5, 5]
+    assert len([line for line in losses.lines if len(line.get_xdata())]) == 5
+    assert run(tmp_path, "--columns", "q", "actor/loss")[0] == 0
+
+
+def test_online_columns_are_drawn_against_experience_where_a_row_tells_none(make, tmp_path):
+    """Rows of metrics.csv between two that tell the steps of experience take those of the last."""
+    make("iql", 0, {400: 1.0, 1400: 2.0, 2400: 3.0}, family="finetune", **ONLINE)
+    _, curves = plot.find_runs([tmp_path], ["actor/loss"])
+    assert curves["online_steps"].tolist() == sorted(curves["online_steps"])
+    assert curves.iloc[-1]["online_steps"] == 1000
+
+
 @pytest.mark.parametrize(("curve", "status"), [({100: 3.0, 400: 4.0}, "running"), ({}, "finished")])
 def test_returns_are_drawn_where_one_has_no_score(make, tmp_path, curve, status):
     make("bc", 0, {100: 1.0, 400: 2.0}, dataset=MAZE)
@@ -269,6 +295,7 @@ def test_errors_are_one_line(make, run, tmp_path):
     cases = [((tmp_path / "none",), "none is no folder"), ((tmp_path / "empty",), "no runs (run.json) in")]
     make("bc", curve={}, status="running")
     cases += [((tmp_path,), "no run has been evaluated yet")]
+    cases += [((tmp_path, "--columns", "actor/los"), "no run has actor/los in its metrics.csv; did you mean actor/loss?")]
     cases += [((tmp_path, "--output", tmp_path / "picture.doc"), "ends in none of .png, .pdf, .svg")]
     for arguments, words in cases:
         status, _, err = run(*arguments)

@@ -4,13 +4,15 @@
   python tools/plot.py RUNS/offline/td3_bc RUNS/offline/bc   or below several
   python tools/plot.py RUNS --output curves.pdf              a .png, .pdf or .svg
   python tools/plot.py RUNS --time                           against time, which depends on the machine
+  python tools/plot.py RUNS --columns critic/q_mean actor/support_gap     of metrics.csv, for scores
 
 A panel is a dataset, a line an algorithm or a variant of it: thick the mean over seeds, at the updates at
 which all of them were evaluated; thin every seed; a diamond the mean of the final evaluations. The title of a
 panel says where lines have one seed, where runs had different updates or data, and how many are not finished.
 It shows scores, or returns where a run has no score. Runs that go on online have panels of their own, against
 steps of experience from the switch on; the offline phase is left of it, on a scale of its own. With --time
-all have minutes or hours of training and evaluation instead.
+all have minutes or hours of training and evaluation instead. With --columns a panel is a dataset and a column
+of metrics.csv; a run without it has no line there.
 
 The table has the final evaluations, mean and standard deviation over seeds. The best on the way was chosen
 with the simulator, which offline learning does not have. A second table tells what became of the score of
@@ -20,8 +22,9 @@ where an environment knows no success.
 
 import argparse
 import sys
-from collections.abc import Iterable
-from itertools import cycle
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from itertools import chain, cycle, product
 from pathlib import Path
 
 import matplotlib
@@ -67,8 +70,8 @@ SWITCH = ["score_at_switch", "lowest_score_after_switch", "score", "regret"]
 # ------------------------------------------------ The runs ------------------------------------------------
 
 
-def find_runs(folders: Iterable[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A row a run, and a row an evaluation on its way; `run` numbers the runs in both."""
+def find_runs(folders: Iterable[Path], columns: Sequence[str] = ()) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A row a run, and a row an evaluation on its way or a value of `columns`; `run` numbers runs in both."""
     runs, curves, seen = [], [], set()
     for folder in folders:
         if not folder.is_dir():
@@ -78,7 +81,7 @@ def find_runs(folders: Iterable[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
                 continue
             seen.add(file.resolve())
             try:
-                run, curve = read_run(file.parent)
+                run, curve = read_run(file.parent, columns)
             except DAMAGED as error:  # named, and the others are drawn
                 print(f"skipped {file.parent}: its record cannot be read: {error!r:.150}", file=sys.stderr)
                 continue
@@ -94,10 +97,11 @@ def find_runs(folders: Iterable[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
     return runs, pd.concat(curves, ignore_index=True)
 
 
-def read_run(folder: Path) -> tuple[dict, pd.DataFrame]:
+def read_run(folder: Path, columns: Sequence[str]) -> tuple[dict, pd.DataFrame]:
     """What is known of one run, and its evaluations: update, online_steps, wall_seconds, score, return_mean.
 
-    `updates` are all of them, `online_steps` of a run the steps that it takes in the end.
+    `updates` are all of them, `online_steps` of a run the steps that it takes in the end. Where `columns` of
+    metrics.csv are asked for the rows are theirs.
     """
     info = read_record(folder)
     config, finished = info["config"], info["status"] == "finished"
@@ -106,14 +110,16 @@ def read_run(folder: Path) -> tuple[dict, pd.DataFrame]:
     run |= {"switch": config["updates"], "online_steps": steps}
     run |= {"updates": all_updates(config)}
     run |= {name: info.get(name) if finished else None for name in [*FINAL, *SWITCH, "wall_seconds"]}
-    columns = ["update", "online/steps", "time/wall_seconds", "eval/score", "eval/return_mean"]
-    curve = pd.DataFrame(columns=columns, dtype=float)
+    names = {"update": "update", "online/steps": "online_steps", "time/wall_seconds": "wall_seconds",
+             "eval/score": "score", "eval/return_mean": "return_mean"}
+    run["columns"], curve = [], pd.DataFrame(columns=[*names, *columns], dtype=float)
     if (folder / "metrics.csv").exists():
         metrics = pd.read_csv(folder / "metrics.csv")
-        curve = metrics.reindex(columns=columns).dropna(subset="eval/return_mean")
-        curve["online/steps"] = curve["online/steps"].fillna(0.0)
-    names = "update", "online_steps", "wall_seconds", "score", "return_mean"
-    return run, curve.set_axis(names, axis=1)
+        run["columns"] = [*metrics]
+        curve = metrics.reindex(columns=[*names, *columns])
+        curve["online/steps"] = curve["online/steps"].ffill().fillna(0.0)
+        curve = curve.dropna(subset=[*columns] or ["eval/return_mean"], how="all")
+    return run, curve.rename(columns=names)
 
 
 # ------------------------------------------------ The table ------------------------------------------------
@@ -181,26 +187,29 @@ def place(runs: pd.DataFrame, curves: pd.DataFrame) -> tuple[pd.DataFrame, pd.Da
     return runs.assign(x=runs["online_steps"]), curves.assign(x=np.array(places, float))
 
 
-def draw(runs: pd.DataFrame, curves: pd.DataFrame, time: bool = False) -> Figure:
-    """A panel a dataset, and another one for what goes on online there; on request against time."""
+def draw(runs: pd.DataFrame, curves: pd.DataFrame, time: bool = False, columns: Sequence[str] = ()) -> Figure:
+    """A panel a dataset and column, another one for what goes on online there; on request against time."""
     learners = sorted({*runs["learner"]})
     look = dict(zip(learners, cycle(LOOKS)))
     unit, seconds = time_unit(curves["wall_seconds"].max())
-    groups = list(runs.groupby(["dataset", runs["online_steps"] > 0]))
+    groups = list(product(runs.groupby(["dataset", runs["online_steps"] > 0]), columns or [""]))
     figure, axes = panels(len(groups))
-    for axis, ((dataset, online), group) in zip(axes, groups):
+    for axis, (((dataset, online), group), column) in zip(axes, groups):
         evaluated = curves[curves["run"].isin(group["run"])]
         if time:
             group, evaluated = (each.assign(x=each["wall_seconds"] / seconds) for each in (group, evaluated))
         else:
             group, evaluated = place(group, evaluated)
-        finals = group[group["finished"] & group["return_mean"].notna()]
-        scored = evaluated["score"].notna().all() and finals["score"].notna().all()
-        column = "score" if scored else "return_mean"
+        if column:
+            evaluated = evaluated.dropna(subset=column)
+        else:
+            finals = group[group["finished"] & group["return_mean"].notna()]
+            scored = evaluated["score"].notna().all() and finals["score"].notna().all()
+            column = "score" if scored else "return_mean"
         for learner, members in group.groupby("learner"):
             draw_line(axis, members, evaluated, column, look[learner])
         entitle(axis, f"{dataset}, then online" if online else dataset, describe(group))
-        axis.set_ylabel("score" if scored else "return")
+        axis.set_ylabel("return" if column == "return_mean" else column)
         axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         if time:
             label_time(axis, unit)
@@ -221,7 +230,7 @@ def draw_line(axis, members: pd.DataFrame, curves: pd.DataFrame, column: str, lo
     mean = mean_curve(curves, column)
     axis.plot(mean["x"], mean[column], color=color, ls=style, lw=2)
     finals = members[members["finished"] & members["return_mean"].notna()]
-    if len(finals):
+    if len(finals) and column in finals:
         value = np.mean(finals[column].astype(float))
         axis.plot(finals["x"].mean(), value, "D", color=color, ms=6, mec="white", zorder=3)
 
@@ -229,18 +238,24 @@ def draw_line(axis, members: pd.DataFrame, curves: pd.DataFrame, column: str, lo
 # ----------------------------------------------- Command line -----------------------------------------------
 
 
-def plot(folders: list[Path], output: Path, time: bool) -> None:
+def plot(folders: list[Path], output: Path, time: bool, columns: list[str]) -> None:
     if output.suffix not in SUFFIXES:
         raise UserError(f"--output: {output} ends in none of {', '.join(SUFFIXES)}")
-    runs, curves = find_runs(folders)
+    runs, curves = find_runs(folders, columns)
+    known = {*chain.from_iterable(runs["columns"])}
+    for column in columns:
+        if column not in known:
+            near = " or ".join(get_close_matches(column, known))
+            advice = f"did you mean {near}?" if near else "docs/runs.md tells what there is"
+            raise UserError(f"--columns: no run has {column} in its metrics.csv; {advice}")
     table = final_table(runs)
     print(markdown(table.columns, table.to_numpy()))
     if len(switched := switch_table(runs)):
         print("\n" + markdown(switched.columns, switched.to_numpy()))
-    if curves.empty and runs["return_mean"].isna().all():
+    if curves.empty and (columns or runs["return_mean"].isna().all()):
         raise UserError("no run has been evaluated yet, so there is nothing to draw")
     with matplotlib.rc_context(STYLE):
-        write(output, save(draw(runs, curves, time), output.suffix.removeprefix(".")))
+        write(output, save(draw(runs, curves, time, columns), output.suffix.removeprefix(".")))
     print(f"\nPicture: {output}")
 
 
@@ -249,9 +264,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="where to look for runs")
     parser.add_argument("--output", type=Path, help="the picture (curves.png in the first folder)")
     parser.add_argument("--time", action="store_true", help="against time instead of updates")
+    parser.add_argument("--columns", nargs="+", default=[], metavar="NAME", help="of metrics.csv, for scores")
     options = parser.parse_args(arguments)
     output = options.output or options.folders[0] / "curves.png"
-    return exit_status("plot.py", plot, options.folders, output, options.time)
+    return exit_status("plot.py", plot, options.folders, output, options.time, options.columns)
 
 
 if __name__ == "__main__":
