@@ -147,10 +147,11 @@ def check_ends(script) -> None:
     hopper[:, 1] = torch.tensor([0.1, 0.1, 0.21, -0.21, 0.1, 0.1])
     hopper[4, 7], hopper[5, 7] = 101.0, -101.0
     assert script.hopper_ends(hopper).tolist() == [False, True, True, True, True, True]
-    walker = torch.zeros(5, 17)
-    walker[:, 0] = torch.tensor([1.2, 0.79, 2.01, 1.2, 1.2])
-    walker[:, 1] = torch.tensor([0.9, 0.0, 0.0, 1.01, -1.01])
-    assert script.walker2d_ends(walker).tolist() == [False, True, True, True, True]
+    walker = torch.zeros(6, 17)
+    walker[:, 0] = torch.tensor([1.2, 0.79, 2.01, 1.2, 1.2, 1.2])
+    walker[:, 1] = torch.tensor([0.9, 0.0, 0.0, 1.01, -1.01, 0.0])
+    walker[5, 9] = -101.0
+    assert script.walker2d_ends(walker).tolist() == [False, True, True, True, True, True]
     states = torch.zeros(3, 17)
     states[1, 4], states[2, 4] = 100.5, -100.5
     assert script.far_ends(states).tolist() == [False, True, True]
@@ -168,7 +169,7 @@ def check_ends(script) -> None:
     for name, states, wrong in (
         ("Hopper-v5", hopper, [0.0] * 6),  # other flags
         ("Walker2d-v5", hopper, flags),  # another size
-        ("HalfCheetah-v5", walker, [0.0, 1.0, 0.0, 0.0, 0.0]),
+        ("HalfCheetah-v5", walker, [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]),
     ):
         with pytest.raises(script.UserError, match="do not end as episodes of"):
             script.known_ends(name, recorded(states, wrong))

@@ -607,7 +607,9 @@ PUBLISHED = {  # h and lambda of OfflineRL-Kit
     "hopper": {"medium": (5, 5.0), "medium-replay": (5, 2.5), "medium-expert": (5, 5.0)},
     "walker2d": {"medium": (5, 0.5), "medium-replay": (1, 2.5), "medium-expert": (1, 2.5)},
 }
-NEAREST = {"simple": "medium", "random": "medium-replay", "expert": "medium-expert"}
+PUBLISHED["halfcheetah"]["random"] = (5, 0.5)  # these of the authors' own code
+PUBLISHED["hopper"]["random"], PUBLISHED["walker2d"]["random"] = (5, 1.0), (1, 1.0)
+NEAREST = {"simple": "medium", "expert": "medium-expert"}
 NEAREST |= {"expert-narrow": "medium-expert"}
 
 

@@ -13,7 +13,8 @@ environment, in which the policy goes on: the same losses, which need nothing of
 
 Differences from the paper: those of offline/awac.py, which has the same learner: a weight is cut at 100, the
 mean is not squashed, networks are deeper and observations standardised. Half of a batch is from each side,
-where the authors draw from all steps alike.
+where the authors draw from all steps alike; an update follows each step, where they take 1,000 of each in
+turn.
 
   python algorithms/finetune/awac.py --config_path configs/finetune/awac/reef/pointmaze/umaze-v0.yaml
 """

@@ -16,7 +16,9 @@ policy earned from there, (9). After `updates` on the data alone half of every b
 
 Differences from the paper: updates follow each online step, so V of the episode under way is no floor yet. If
 all rewards of an episode were the same and negative and it did not terminate, V is r / (1 - gamma), as in the
-authors' code for sparse tasks. (2) keeps the whole square; log deviations end at -5 and 2.
+authors' code for sparse tasks. (2) keeps the whole square; (3) climbs the critic of (2) (theirs: that
+before); log deviations end at -5 and 2, without learned scale and shift; first weights are torch's own; an
+episode cut by a time limit keeps its last transition.
 
   python algorithms/finetune/cal_ql.py --config_path configs/finetune/cal_ql/reef/pointmaze/umaze-v0.yaml
 """

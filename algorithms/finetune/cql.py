@@ -13,8 +13,9 @@ which the policy goes on. Q is too low there, so scores may dip at first; cal_ql
   (7)  with a gap g to keep: w lambda (G_i - g) for w G_i in (2),  L_lambda = -w lambda mean_i (G_i - g)
 
 Differences from the paper: it has no online phase, ours is Cal-QL's; (2) keeps the whole square, so w is
-twice its alpha; (6) sums, not averages, and has pi(s') too; w stays beside lambda, which starts at e; no warm
-start; log deviations end at -5 and 2.
+twice its alpha; (6) sums, not averages, and has pi(s') too; w stays beside lambda, which starts at e; (3)
+climbs the critic of (2) (theirs: that before); no warm start; log deviations end at -5 and 2, without learned
+scale and shift; first weights are torch's own; an episode cut by a time limit keeps its last transition.
 
   python algorithms/finetune/cql.py --config_path configs/finetune/cql/reef/pointmaze/umaze-v0.yaml
 """

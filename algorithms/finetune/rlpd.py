@@ -13,7 +13,8 @@ at: SAC from scratch, the baseline of this folder's scripts.
   (5)  Q' <- Q' + tau (Q - Q')
 
 Differences from the paper: critics are normalised after the ReLU, not before it; log deviations end at -5 and
-2; first weights are torch's own; (4) has log alpha, where the authors' code has alpha.
+2; first weights are torch's own; (4) has log alpha, where the authors' code has alpha; an episode of the data
+that a time limit cut keeps its last transition.
 
   python algorithms/finetune/rlpd.py --config_path configs/finetune/rlpd/reef/pointmaze/umaze-v0.yaml
 """

@@ -12,9 +12,9 @@ forgets its pessimism, the policy first fills a new buffer, as it is. Then it is
   (7)  G_i = mean (log sum_b exp(max(Q_i(s, b), V(s)) - log p(b)) - Q_i(s, a))  b ~ p: as (6) of cal_ql.py
   (8)  V(s_t) = sum_k gamma^k r_(t+k)                                           to the end of the episode
 
-Differences from the paper: (1) has one a' in mazes too; (7) is of all members, without multiplier; (4) sees a
-step's last batch; layers are normalised after the ReLU, the actor's not; log deviations end at -5 and 2;
-locomotion begins with Cal-QL too; Z has no member twice; V of equal negative rewards is as in cal_ql.py.
+Differences from the paper: (1) has one a', theirs offline and in mazes the best of ten; (7) is of all
+members, without multiplier; (4) sees a step's last batch; layers are normalised after the ReLU, the actor's
+not; log deviations are in [-5, 2]; locomotion begins with Cal-QL; V of equal negative rewards: cal_ql.py.
 
   python algorithms/finetune/wsrl.py --config_path configs/finetune/wsrl/reef/pointmaze/umaze-v0.yaml
 """

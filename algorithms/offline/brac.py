@@ -17,7 +17,7 @@ Differences from the paper: (2) takes the densities before the tanh, whose slope
 and (5) share its first sample, (5) and (6) its D. As in the authors' code (1) draws actions in to 0.999
 (theirs: in (2) too) and alpha is at most 500. Not theirs: b learns for 100,000 updates at 1e-3 (300,000 at
 5e-4), with no bonus for entropy; the others for 900,000 (500,000); deviations are in [e^-5, e^2] (up to 1),
-policies have 300 units (200); first weights are torch's own.
+policies have 300 units (200); first weights are torch's own; `act` is the mean, not the best of ten by Q.
 
   python algorithms/offline/brac.py --config_path configs/offline/brac/reef/pointmaze/umaze-v0.yaml
 """

@@ -20,7 +20,8 @@ Differences from the paper: (6) takes CQL's soft maximum over N actions each of 
 them; the fit waits 2,000 batches.
 Differences from published codes: the soft maximum is over all 3 N actions, where one had rows of 3, and in
 imagined states alone, where it took real ones too; gradients go through it, where one let none pass; an
-imagined Hopper falls at any bound; the actor steps after the critic, by a step size that stays.
+imagined Hopper falls at any bound; the actor steps after the critic, by a step size that stays; first weights
+are torch's own.
 
   python algorithms/offline/combo.py --config_path configs/offline/combo/reef/hopper/medium-replay-v1.yaml
 """
@@ -642,8 +643,8 @@ def hopper_ends(s: Tensor) -> Tensor:
 
 
 def walker2d_ends(s: Tensor) -> Tensor:
-    """Too low, too high or tilted."""
-    return ~((s[:, 0] > 0.8) & (s[:, 0] < 2) & (s[:, 1].abs() < 1))
+    """Too low, too high, tilted or beyond all bounds."""
+    return ~((s[:, 0] > 0.8) & (s[:, 0] < 2) & (s[:, 1].abs() < 1) & (s.abs() < 100).all(1))
 
 
 def far_ends(s: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ gradients of their values by the action away from each other: then ten to fifty 
   (6)  D = mean sum_{i != j} <g_i, g_j> / (N - 1),  g_i = dQ_i/da / |dQ_i/da|    at (s, a) of the data
 
 Differences from the paper: first weights are torch's own; an episode cut by a time limit keeps its last
-transition. On D4RL's hands rewards are not standardised, and no target takes the best of ten actions (the
-authors' do on pen/cloned).
+transition; (2) and (3) see what the step before them has changed (theirs: all losses of an update are of the
+same weights). On D4RL's hands rewards are not standardised, and no target takes the best of ten actions
+(theirs do on pen/cloned).
 
   python algorithms/offline/edac.py --config_path configs/offline/edac/reef/pointmaze/umaze-v0.yaml
 """

@@ -11,9 +11,10 @@ critics and a tenth of the updates are enough.
   (5)  Q' <- Q' + tau (Q - Q')
   (6)  steps of every optimiser: its learning rate times sqrt(B / 256)           B: transitions in a batch
 
-Differences from the paper: critics have no layer normalisation (the authors use it for Hopper's medium data),
-and first weights are always torch's own (theirs are EDAC's for Walker2d's expert data); an episode cut by a
-time limit keeps its last transition.
+Differences from the paper: the number of critics by dataset is CORL's (of HalfCheetah's and Walker2d's
+medium-replay 4, where the authors' configs have 10); critics have no layer normalisation (the authors use it
+for Hopper's medium data), and first weights are always torch's own (theirs are EDAC's for Walker2d's expert
+data); an episode cut by a time limit keeps its last transition.
 
   python algorithms/offline/lb_sac.py --config_path configs/offline/lb_sac/reef/pointmaze/umaze-v0.yaml
 """

@@ -18,7 +18,8 @@ Differences from the paper: 10,000 rollouts at a time, not 50,000; H aims at -|A
 where no rule of an environment's ends is known, a classifier learns them; the fit waits 2,000 batches; step
 sizes, h and lambda are those of published code.
 Differences from that code: an imagined Hopper falls at any of its bounds, where a misplaced bracket left out
-the lower ones; the actor's step size stays, where a cosine lowers it; alpha has no ceiling of 1.
+the lower ones; the actor's step size stays, where a cosine lowers it; alpha has no ceiling of 1; first
+weights are torch's own.
 
   python algorithms/offline/mopo.py --config_path configs/offline/mopo/reef/hopper/medium-replay-v1.yaml
 """
@@ -650,8 +651,8 @@ def hopper_ends(s: Tensor) -> Tensor:
 
 
 def walker2d_ends(s: Tensor) -> Tensor:
-    """Too low, too high or tilted."""
-    return ~((s[:, 0] > 0.8) & (s[:, 0] < 2) & (s[:, 1].abs() < 1))
+    """Too low, too high, tilted or beyond all bounds."""
+    return ~((s[:, 0] > 0.8) & (s[:, 0] < 2) & (s[:, 1].abs() < 1) & (s.abs() < 100).all(1))
 
 
 def far_ends(s: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ model's, but where the members disagree the episode halts, at a reward worse tha
 Differences from the paper: SAC on short rollouts from any of the data's states, not NPG on episodes from
 their first; seven Gaussian members, not four; (4) also of rewards; some real steps in a batch; a halt pays
 once, in place of the step's reward, not at every step after it; where no rule of an environment's ends is
-known, a classifier learns them; the fit waits 2,000 batches. From published codes: (4) compares members in
-one (s, a), not over pairs of rows; a Hopper falls at any bound.
+known, a classifier learns them; the fit waits 2,000 batches. From the authors' code: its threshold is a share
+of the largest D on the data, and its halt adds to the step's reward. First weights are torch's own.
 
   python algorithms/offline/morel.py --config_path configs/offline/morel/reef/hopper/medium-replay-v1.yaml
 """
@@ -663,8 +663,8 @@ def hopper_ends(s: Tensor) -> Tensor:
 
 
 def walker2d_ends(s: Tensor) -> Tensor:
-    """Too low, too high or tilted."""
-    return ~((s[:, 0] > 0.8) & (s[:, 0] < 2) & (s[:, 1].abs() < 1))
+    """Too low, too high, tilted or beyond all bounds."""
+    return ~((s[:, 0] > 0.8) & (s[:, 0] < 2) & (s[:, 1].abs() < 1) & (s.abs() < 100).all(1))
 
 
 def far_ends(s: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ SAC-N is SAC with N critics in place of two. The data decide how many it takes: 
   (5)  Q' <- Q' + tau (Q - Q')
 
 Differences from the paper: first weights are torch's own; an episode cut by a time limit keeps its last
-transition. On D4RL's hands rewards are not standardised, and no target takes the best of ten actions (the
-authors' do on pen/cloned).
+transition; (2) and (3) see what the step before them has changed (theirs: all losses of an update are of the
+same weights). On D4RL's hands rewards are not standardised, and no target takes the best of ten actions
+(theirs do on pen/cloned).
 Memory: 20 bytes a weight (itself, target, gradient, Adam's two). One of Hopper's critics has 135,681 weights;
 500 of them take 1.36 GB, and 0.13 GB more for every layer's outputs. Time grows with N as memory does.
 
