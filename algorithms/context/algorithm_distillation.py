@@ -13,7 +13,9 @@ episode, without a gradient, by what stands in its context.
 Of a life a window sees every `stride`-th episode only, so that a context of a few episodes shows progress, as
 in the paper's appendix.
 
-Differences from the paper: one token a step in place of three.
+Differences from the paper: one token a step in place of three; a cell is a row and a column; three layers of
+one head for one core, a step size that stays once it is warm, neither dropout nor masked steps (other
+implementations have four layers of four heads, a cosine and both).
 
   make dataset ID=reef/dark-room/histories-v0
   python algorithms/context/algorithm_distillation.py --dataset reef/dark-room/histories-v0
@@ -74,7 +76,7 @@ class Config:
     variant: str = "default"  # names these settings in the run's folder and in the tables
     updates: Count = 12_000  # gradient updates
     batch_size: Count = 32  # windows in an update
-    context: Count = 100  # L of (3) and (4), in steps: several episodes
+    context: Count = 100  # K of (3) and (4), in steps: several episodes
     columns: Count = 10  # cells in a row of the room; 1: states are no cells, each is a thing of its own
     stride: Count = 10  # of a life one episode in so many is kept
     actor_lr: Size = 1e-3  # AdamW's step size once it is warm

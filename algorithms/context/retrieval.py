@@ -16,8 +16,9 @@ by what they earned, and read by cross attention. So a life may be long and the 
 Differences from the paper: keys are sums of fixed random vectors (its own: a language model); episodes of the
 room are the memory, in training those of another learner with the same goal up to some moment, so that they
 show the goal, not habits; (4) also in training, where the paper's u_j counts the task, and of plain
-similarities (its code scales both terms to [0, 1]); two episodes and a learned row are read (its code: one);
-in training most keys are of no step; M_t; any action may be drawn, where its code has a top half.
+similarities (its code scales both terms to [0, 1]); two episodes and a learned row are read (its code: one),
+by w, without their R_t; in training most keys are of no step, and (7) skips theirs; M_t; `too_alike` when
+acting too; any action may be drawn, where its code has a top half.
 
   make dataset ID=reef/dark-room/histories-v0
   python algorithms/context/retrieval.py --dataset reef/dark-room/histories-v0

@@ -17,8 +17,9 @@ Where the log has no propensities, b is a policy cloned from it, and the table s
 has a density only under a policy with noise: pi is a Gaussian of deviation `policy_std` around its action.
 Choices that infos["action_mask"] forbids have probability 0 under every policy.
 
-Differences from the paper: an episode that a time limit cut counts as it is, without what would have come
-after; (6) and (7) are not the paper's.
+Differences from the paper: (5) divides at every step by that step's weights, the consistent form of Thomas,
+2015, not once by the sum of all; an episode that a time limit cut counts as it is, without what would have
+come after; (6) and (7) are not the paper's.
 
   python algorithms/evaluate/importance_sampling.py --dataset reef/sepsis/clinician-v0
 """

@@ -1,8 +1,7 @@
 """Diffuser: planning by diffusion over whole trajectories (Janner et al., 2022, arXiv:2205.09991).
 
-A diffusion model makes plans, states and actions at once, as the data have them: a dynamics model and a
-policy in one. A second network tells, of a plan still in noise, the return that the data earned from there;
-its gradient leads the plans on their way out of the noise, and it picks the best.
+A diffusion model makes plans, states and actions at once, as the data have them: dynamics and policy in one.
+A second network tells the return of a plan, even in noise: its gradient leads them all, and it picks one.
 
   (1)  beta_i = min(1 - f(i / T) / f((i - 1) / T), 0.999),  f(u) = cos(pi / 2 (u + 0.008) / 1.008)^2
        abar_i = (1 - beta_1) ... (1 - beta_i),  abar_0 = 1
@@ -25,7 +24,8 @@ K above 1, fewer updates, a walker's H 8 (32; HalfCheetah's 4), a maze's 32 with
 hidden layer, trained as long as tau_theta (a fifth) on standardised returns, so that one c serves all data
 (.1 to .0001 of raw ones); gamma is .997 (.99, planning .997); theta' moves from the first update on (2000th);
 beyond an episode is its last step (zeros); (9) asks about tau^0 (tau^1); actions are scaled by their bounds
-(deviations), and cut to them; J finds a maze's goal (the last state); the score is the last weights'.
+(deviations), and cut to them; J finds a maze's goal (the last state), whose plans are made anew and whose
+actions are executed (one plan; a rule follows its states); the score is the last weights'.
 
   python algorithms/offline/diffuser.py --config_path configs/offline/diffuser/reef/pointmaze/umaze-v0.yaml
 """

@@ -18,7 +18,8 @@ such as the data have, and what follows from them. The plan that promises most i
 Differences from the paper: a plan fits into the window, together with the past before it (their window moves
 on), so what was read is never read again; a number is decoded as the mean of its bin (the middle), which
 rewards that are nearly always 0 need; steps beyond an episode's end count in no mean (there stand zeros, or
-after a termination a token for the end); the step size depends on updates (on tokens).
+after a termination a token for the end); the step size depends on updates and falls to the end (on tokens,
+and their code's rises again).
 
   python algorithms/offline/trajectory_transformer.py \\
       --config_path configs/offline/trajectory_transformer/reef/pointmaze/umaze-v0.yaml
