@@ -321,7 +321,7 @@ def test_configs_have_the_papers_step_sizes_and_lengths():
     files = folder.rglob("*.yaml")
     values = {str(path.relative_to(folder)): yaml.safe_load(path.read_text()) for path in files}
     adroit = [name for name in values if name.startswith("D4RL/") and "pointmaze" not in name]
-    assert {values[name]["actor_lr"] for name in adroit} == {3e-5}
+    assert {(values[name]["actor_lr"], values[name]["updates"]) for name in adroit} == {(3e-5, 1_000_000)}
     assert not [name for name in values if "critic_lr" in values[name]]
     wanted = {"halfcheetah": (9, 2, 7), "hopper": (9, 4, 5), "walker2d": (1, 4, 5)}
     for body, lengths in wanted.items():

@@ -14,9 +14,9 @@ too; the policy draws N actions from it and takes the one with the largest Q. So
   (8)  pi(s) = the x_0 with the largest min_i Q'_i(s, x_0)                   of N
 
 Differences from the paper: so that ten environments wait no more than 20 ms for one core, N is 16 (64) and a
-block's inner layer as wide as the others (four times); V has no layer normalisation; the actor's two steps in
-an update take half of the batch each; its weights do not decay (by 1e-4 of a step size), and all begin as
-torch's (Xavier's); an episode that a time limit cuts keeps its last transition.
+block's inner layer as wide as the others (four times); V has no layer normalisation; the actor has two steps
+an update, each of half a batch (one of all, in their last code); its weights do not decay (by 1e-4 of a step
+size), and all begin as torch's (Xavier's); an episode that a time limit cuts keeps its last transition.
 
   python algorithms/offline/idql.py --config_path configs/offline/idql/reef/pointmaze/umaze-v0.yaml
 """
