@@ -97,7 +97,7 @@ def find_runs(folders: Iterable[Path], columns: Sequence[str] = ()) -> tuple[pd.
     return runs, pd.concat(curves, ignore_index=True)
 
 
-def read_run(folder: Path, columns: Sequence[str]) -> tuple[dict, pd.DataFrame]:
+def read_run(folder: Path, columns: Sequence[str] = ()) -> tuple[dict, pd.DataFrame]:
     """What is known of one run, and its evaluations: update, online_steps, wall_seconds, score, return_mean.
 
     `updates` are all of them, `online_steps` of a run the steps that it takes in the end. Where `columns` of
