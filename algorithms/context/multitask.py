@@ -96,7 +96,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     threads: int = 0  # CPU threads; 0: torch's choice
     compile: bool = True  # compile the losses
-    precision: Precision = "highest"  # of float32 matrix products
+    precision: Precision = "highest"  # of float32 products; auto: medium on a CPU that has bfloat16
     wandb_mode: WandbMode = "offline"  # mirror of the CSV files
     wandb_project: str = "reef"  # wandb project
     output_dir: str = "results/runs"  # where run folders go
