@@ -10,6 +10,7 @@ NAME = "reef/dark-room/histories-v0"
 SHORT = {"hidden_dim": 8, "hidden_layers": 2, "batch_size": 4, "updates": 6, "log_every": 2, "eval_every": 6}
 SHORT |= {"eval_episodes": 2, "final_eval_episodes": 2, "final_eval_rounds": 1}
 SHORT |= {"checkpoint_every": 3, "threads": 1, "compile": "false", "wandb_mode": "disabled", "device": "cpu"}
+SHORT |= {"precision": "highest"}
 
 
 @pytest.fixture(scope="module")

@@ -409,7 +409,7 @@ def options(place, **fields) -> list[str]:
     files |= {"prompts": place / "prompts.jsonl", "output_dir": place / "runs"}
     rhythm = {"updates": 6, "eval_every": 3, "log_every": 2, "checkpoint_every": 2, "warmup_updates": 2}
     sizes = {"batch_size": 4, "micro_batch_size": 3, "eval_samples": 5, "new_tokens": 3, "actor_lr": 0.01}
-    plain = {"device": "cpu", "threads": 1, "wandb_mode": "disabled", "lora_rank": 2}
+    plain = {"device": "cpu", "threads": 1, "precision": "highest", "wandb_mode": "disabled", "lora_rank": 2}
     return [f"--{name}={value}" for name, value in (files | rhythm | sizes | plain | fields).items()]
 
 

@@ -48,7 +48,7 @@ def words(name: str, dataset: str, folder: Path, **fields) -> list[str]:
     sizes |= {"vae_updates": 2, "vae_hidden_dim": 8, "decay_steps": STEPS, "warmup_steps": RANDOM}
     sizes |= {"random_steps": RANDOM, "critics": 3, "cql_actions": 2, "eval_every": 15, "log_every": 10}
     plain = {"checkpoint_every": 12, "compile": "false", "device": "cpu", "threads": 1}
-    plain |= {"wandb_mode": "disabled", "output_dir": folder, "dataset": dataset}
+    plain |= {"precision": "highest", "wandb_mode": "disabled", "output_dir": folder, "dataset": dataset}
     known = SCRIPTS[name].Config.__dataclass_fields__
     fields = {key: value for key, value in (sizes | plain).items() if key in known} | fields
     return [f"--{key}={value}" for key, value in fields.items()]
@@ -774,7 +774,7 @@ def test_the_policy_comes_near_the_optimum(tune, strides, tmp_path, name):  # no
     fields = {key: value for key, value in test_learning.SMALL.items() if key in known}
     fields |= {"updates": 300, "online_steps": 300, "eval_every": 300, "eval_episodes": 1}
     fields |= {"final_eval_episodes": 10, "wandb_mode": "disabled", "device": "cpu", "threads": 1}
-    fields |= {"dataset": strides.id, "output_dir": str(tmp_path)} | LEARNING[name]
+    fields |= {"precision": "highest", "dataset": strides.id, "output_dir": str(tmp_path)} | LEARNING[name]
 
     def returns():
         for seed in range(3):

@@ -192,6 +192,7 @@ def trained(script, dataset: minari.MinariDataset, config) -> float:
     """Mean return of the final evaluation of a whole run."""
     with tempfile.TemporaryDirectory() as folder:
         fields = {"dataset": dataset.id, "output_dir": folder, "wandb_mode": "disabled", "device": "cpu"}
+        fields |= {"precision": "highest"}
         fields |= {"threads": 1, "eval_every": config.updates, "eval_episodes": 1, "final_eval_episodes": 10}
         script.train(dataclasses.replace(config, **fields))
         (record,) = Path(folder).rglob("run.json")

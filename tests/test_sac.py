@@ -295,6 +295,7 @@ def tiny(output_dir: Path, **fields) -> list[str]:
              "environments": 3, "random_steps": 32, "refill_steps": 50, "buffer_size": 1000}
     rhythm = {"eval_every": 10, "log_every": 10, "checkpoint_every": 20}
     plain = {"compile": "false", "device": "cpu", "threads": 1, "wandb_mode": "disabled"}
+    plain |= {"precision": "highest"}
     fields = {"environment": "ReefClock-v0", "output_dir": output_dir, **sizes, **rhythm, **plain, **fields}
     return [f"--{name}={value}" for name, value in fields.items()]
 
