@@ -236,7 +236,7 @@ def program(monkeypatch, capsys):
     """program("td3_bc", ...) is that command line here, its measurements made up: status, stdout, stderr."""
 
     def measured(name, place, value, arguments):
-        speeds = {"eager": [1.0, 2.0, 30.0], "default": [2.0, 5.0, 60.0], "medium": [4.0, 4.0, 90.0]}
+        speeds = {"eager": [1.0, 2.0, 30.0], "compiled": [2.0, 5.0, 60.0], "medium": [4.0, 4.0, 90.0]}
         if arguments.peer:
             return (
                 None
@@ -245,7 +245,7 @@ def program(monkeypatch, capsys):
             )
         if arguments.sweep:
             speed, work = 100 / float(value), 3 * float(value)
-            return {"speeds": {"default": [speed]}, "columns": {"peak MiB": 512, "M multiply-adds": work}}
+            return {"speeds": {"compiled": [speed]}, "columns": {"peak MiB": 512, "M multiply-adds": work}}
         return {"speeds": speeds, "columns": {}}
 
     monkeypatch.setattr(bench, "measure_in_child", measured)
@@ -273,8 +273,8 @@ def test_ratios_are_of_turns_of_one_round(program):
     assert (status, err) == (0, "")
     (row,) = table(out)
     assert (row["script"], row["device:threads"]) == ("td3_bc", "cpu:1")
-    assert (row["eager"], row["default"], row["medium"]) == ("2.00", "5.00", "4.00")
-    assert row["default/eager"] == "2.00"  # of 2, 2.5 and 2
+    assert (row["eager"], row["compiled"], row["medium"]) == ("2.00", "5.00", "4.00")
+    assert row["compiled/eager"] == "2.00"  # of 2, 2.5 and 2
     assert row["medium/eager"] == "3.00"  # of 4, 2 and 3
     assert "0.125 ms per environment step" in out
 
@@ -285,7 +285,7 @@ def test_beside_a_peer_all_that_it_has_is_measured_and_what_fails_costs_the_stat
     status, out, _ = program("--peer", tmp_path, "--places", "cpu:2")
     assert status == 2  # cql's failed
     assert [row["script"] for row in table(out)] == ["bc", "td3_bc"]
-    assert table(out)[0]["default/peer"] == "2.50"  # of 2, 2.5 and 6
+    assert table(out)[0]["compiled/peer"] == "2.50"  # of 2, 2.5 and 6
     assert program("td3_bc", "--peer", tmp_path, "--places", "cpu:2")[0] == 0
 
 

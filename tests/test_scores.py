@@ -15,7 +15,8 @@ from conftest import load_script, short
 ROOT = Path(__file__).resolve().parents[1]
 ID = "test/pendulum/random-v0"
 SETTINGS = {  # of `short`
-    "updates": 40, "hidden_dim": 8, "batch_size": 16, "final_eval_episodes": 12, "compile": False}
+    "updates": 40, "hidden_dim": 8, "batch_size": 16, "final_eval_episodes": 12, "compile": False,
+    "precision": "highest"}
 README = """# Title
 <!-- algorithms:begin -->
 <!-- algorithms:end -->

@@ -1,9 +1,10 @@
 """Updates per second of every offline script, and milliseconds per environment step of its evaluation.
 
 For each script and thread count one process builds three learners on random data of Hopper's shapes: the
-yardstick (`--compile false --precision highest`), the default (compiled), and compiled with `--precision
-medium`. They train in turns, A B C A B C ..., so that a slow moment of the machine hits all three; a ratio is
-the median over the rounds. Absolute numbers belong to the machine they were taken on, ratios travel better.
+yardstick (`--compile false --precision highest`), compiled with that precision, and compiled with
+`--precision medium`: which of the two is the default depends on the processor (docs/speed.md). They train in
+turns, A B C A B C ..., so that a slow moment of the machine hits all three; a ratio is the median over the
+rounds. Absolute numbers belong to the machine they were taken on, ratios travel better.
 
   python tools/bench.py        all scripts, with one and two threads (and a GPU, where there is one): an hour
   python tools/bench.py td3_bc --turns 3                        one script, quicker
@@ -14,7 +15,7 @@ the median over the rounds. Absolute numbers belong to the machine they were tak
 A peer is in the form of CORL's scripts and trains as it does by itself (tools/peers.py), by its own settings
 but for the device and the batch size, which are ours; it takes its turns in the same process. Whether both do
 the same work is seen in the last columns: the parameters that each trains.
-A sweep measures the default alone. Its peak memory is on a GPU what tensors took, else the whole process's.
+A sweep measures the second alone. Its peak memory is on a GPU what tensors took, else the whole process's.
 Actions are those of ten environments side by side. A planner, or an actor of chunks, thinks at one step and
 carries out at the next: so the mean over steps is shown, and the longest.
 """
@@ -52,7 +53,7 @@ MINUTES_OF_ACTIONS = 0.3  # which are not compiled
 PLACES = ["cpu:1", "cpu:2"] + ["cuda:1"] * torch.cuda.is_available()  # device:threads
 VARIANTS = {
     "eager": {"compile": False, "precision": "highest"},
-    "default": {"compile": True, "precision": "highest"},
+    "compiled": {"compile": True, "precision": "highest"},
     "medium": {"compile": True, "precision": "medium"},
 }
 
@@ -292,18 +293,18 @@ def measure_here(arguments: argparse.Namespace) -> None:
     if arguments.sweep:
         field, value = arguments.sweep
         fields[field] = json.loads(value)
-    variants = {"default": VARIANTS["default"]} if arguments.sweep else VARIANTS
+    variants = {"compiled": VARIANTS["compiled"]} if arguments.sweep else VARIANTS
     configs = {each: dataclasses.replace(script.Config(), **variants[each], **fields) for each in variants}
     how = configs, device, arguments.turns, arguments.seconds
     if arguments.act:
-        speeds, columns = {}, measure_actions(script, configs["default"], *how[1:])
+        speeds, columns = {}, measure_actions(script, configs["compiled"], *how[1:])
     elif arguments.peer:
         speeds, columns = measure_beside(peers.find_script(arguments.peer, name), script, *how)
     else:
         speeds, columns = measure(script, *how), {}
     if arguments.sweep:
         columns["peak MiB"] = peak_memory(device)  # before the count, which has a learner of its own
-        columns["M multiply-adds"] = multiply_adds(script, configs["default"], device)
+        columns["M multiply-adds"] = multiply_adds(script, configs["compiled"], device)
     print(json.dumps({"speeds": speeds, "columns": columns}))
 
 
@@ -373,7 +374,7 @@ def show_costs(rows: list[dict], field: str) -> None:
     lines = []
     for row in rows:
         speeds, columns = row.pop("speeds"), row.pop("columns")
-        milliseconds = 1000 / float(np.median(speeds["default"]))
+        milliseconds = 1000 / float(np.median(speeds["compiled"]))
         rate = columns["M multiply-adds"] / milliseconds
         lines.append(row | {"ms": milliseconds, "G multiply-adds/s": rate} | columns)
     table = pd.DataFrame(lines)
