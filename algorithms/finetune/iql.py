@@ -10,10 +10,9 @@ for actions of its own. After `updates` on the data alone half of every batch is
   (4)  y = r + gamma (1 - d) V(s'),  L_Q = sum_i mean (Q_i(s, a) - y)^2     d: terminated, not truncated
   (5)  Q' <- Q' + tau (Q - Q')
 
-Differences from the paper: the actor's step size stays as it is in both phases, as in the authors' code for
-this (offline/iql.py's falls to 0); half of a batch is from each side, where the authors draw from all steps
-alike; first weights are torch's own; an episode cut by a time limit keeps its last transition, which
-bootstraps from that episode's last observation.
+Differences from the paper: the actor's step size stays, as in the authors' fine-tuning code (offline/iql.py's
+falls to 0); half of a batch is from each side (theirs: all steps alike); first weights are torch's own; an
+episode cut by a time limit keeps its last transition, which bootstraps from its last observation.
 
   python algorithms/finetune/iql.py --config_path configs/finetune/iql/reef/pointmaze/umaze-v0.yaml
 """
