@@ -223,6 +223,25 @@ def test_a_script_learns_from_them_and_is_evaluated_in_the_task(made, run_script
 
 
 @needs_package
+def test_an_evaluation_in_the_maze_is_by_its_seed_alone(made):
+    """Its beginnings come from numpy's global generator."""
+    script = load_script("offline/fql.py")
+    environments = script.make_environments(made("pointmaze-medium"), None)
+    begun = []
+
+    def act(observations) -> np.ndarray:
+        begun.append(observations.copy())
+        return np.zeros((10, 2), np.float32)
+
+    for seed in (1, 1, 2):
+        begun.append(None)
+        script.evaluate(act, environments, 10, (seed,))
+    first, again, other = (begun[i + 1] for i, each in enumerate(begun) if each is None)
+    np.testing.assert_array_equal(again, first)
+    assert not np.array_equal(other, first)
+
+
+@needs_package
 def test_scripts_find_the_arms_task_too(made):
     environments = load_script("offline/fql.py").make_environments(made("cube-single"), None)
     first, _ = environments.reset(seed=3)

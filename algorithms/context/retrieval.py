@@ -601,7 +601,7 @@ def draw_batches(data: dict[str, Tensor], batch_size: int, seed: int, update: in
 
 
 class Run:
-    """The folder of one run, its lock, record and checkpoint (README: What a run folder holds)."""
+    """The folder of one run, its lock, record and checkpoint (docs/runs.md)."""
 
     # These do not change the outcome: a run goes on although they differ.
     FREE = ("device", "threads", "log_every", "checkpoint_every", "wandb_mode", "wandb_project", "output_dir")

@@ -605,8 +605,10 @@ def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, s
     """
     count, rounds = environments.num_envs, []
     seeds = np.random.SeedSequence(seed).generate_state(episodes + count).tolist()
+    numpy_state = np.random.get_state()  # noqa: NPY002  of its global generator: OGBench's mazes draw from it
     with torch.random.fork_rng():  # training goes on as if nothing had been evaluated
         torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
+        np.random.seed(seeds[-1])  # noqa: NPY002
         for first in range(0, episodes, count):
             observations, _ = environments.reset(seed=seeds[first : first + count])
             returns, lengths = np.zeros(count), np.zeros(count, int)
@@ -621,6 +623,7 @@ def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, s
                 lengths += running
                 running &= ~ended
             rounds.append(pd.DataFrame({"return": returns, "length": lengths, "success": success}))
+    np.random.set_state(numpy_state)  # noqa: NPY002
     table = pd.concat(rounds, ignore_index=True)[:episodes]
     return table.fillna({"success": 0.0}) if table["success"].notna().any() else table  # told none: had none
 
@@ -629,7 +632,7 @@ def evaluate(act: Callable, environments: gym.vector.VectorEnv, episodes: int, s
 
 
 class Run:
-    """The folder of one run, its lock, record and checkpoint (README: What a run folder holds)."""
+    """The folder of one run, its lock, record and checkpoint (docs/runs.md)."""
 
     # These do not change the outcome: a run goes on although they differ.
     FREE = ("device", "threads", "log_every", "checkpoint_every", "wandb_mode", "wandb_project", "output_dir")
