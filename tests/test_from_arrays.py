@@ -503,7 +503,7 @@ def test_missing_values_are_counted_by_column_and_refused(refused, tmp_path):
 
 
 def test_missing_values_may_leave_out_their_episodes(tabled):
-    table = gappy((4, "observation_1"), (7, "reward"))
+    table = gappy((4, "observation_1"), (6, "reward"))
     _, (episode,), out = tabled(table, "--missing", "drop")
     np.testing.assert_array_equal(episode.rewards, table["reward"][:3].astype(float))
     assert "missing values by column: observation_1 1, reward 1\n" in out
@@ -516,8 +516,8 @@ def test_without_a_flag_both_episodes_that_it_may_part_are_left_out(tabled):
 
 
 def test_missing_observations_may_be_carried_on(tabled):
-    """Not across episodes, and neither actions nor rewards: rows 3 and 7 have nothing to stand for them."""
-    table = gappy((1, "observation_1"), (2, "observation_1"), (3, "observation_1"), (7, "action_0"))
+    """Not across episodes, and neither actions nor rewards: rows 3 and 6 have nothing to stand for them."""
+    table = gappy((1, "observation_1"), (2, "observation_1"), (3, "observation_1"), (6, "action_0"))
     _, (episode,), out = tabled(table, "--missing", "carry")
     assert episode.observations[:, 1].tolist() == [0, 0, 0, 0]
     assert "rows mended by what was last observed in their episodes: 2\n" in out
@@ -530,11 +530,11 @@ def test_what_was_seen_after_a_step_stands_for_what_is_seen_before_the_next(impo
     whole = log["observations"].copy(), log["next_observations"].copy()
     log["observations"][1] = log["next_observations"][3] = np.nan  # the other one is known
     log["observations"][7] = log["next_observations"][6] = np.nan  # neither is
-    log["next_observations"][7] = np.nan
+    log["next_observations"][7] = np.nan  # of a truncated row, which is lost
     _, episodes, _ = imported(log, "npz", "--missing", "carry")
     np.testing.assert_array_equal(episodes[0].observations[:3], whole[0][:3])
     np.testing.assert_array_equal(episodes[1].observations[:3], whole[0][3:6])
-    np.testing.assert_array_equal(episodes[2].observations, whole[0][[6, 6, 6]])
+    np.testing.assert_array_equal(episodes[2].observations, whole[0][[6, 6]])
 
 
 def test_what_another_episode_saw_last_stands_for_nothing(imported):
@@ -554,11 +554,84 @@ def test_where_every_row_lacks_a_value_no_episode_is_left(refused, tmp_path, col
     assert f"no episode is left: a value is missing in every row ({column} 8)" in line
 
 
+def test_the_last_row_of_an_episode_may_hold_what_was_observed_alone(tabled):
+    """(2): a truncated one loses that step anyway, and nothing else; one that terminated lacks its action."""
+    table = gappy((5, "action_0"), (5, "reward"), (7, "action_0"))
+    _, episodes, out = tabled(table)
+    seen = [episode.observations[:, 1].tolist() for episode in episodes]
+    assert seen == [[0, 10, 20, 20], [30, 40, 50], [60, 70]]
+    assert "missing" not in out
+    minari.delete_dataset("my/logs-v0")
+    _, episodes, _ = tabled(gappy((2, "action_0")), "--missing", "drop")
+    assert [episode.observations[0, 1] for episode in episodes] == [30, 60]
+
+
+def test_what_was_seen_after_a_truncation_is_not_made_up(imported):
+    """As a table shifted within its episodes lacks it: the step is lost, as without next observations."""
+    log = make_log()
+    following = log["observations"][[1, 2, 2, 4, 5, 5, 7, 7]]
+    following[[2, 5, 7]] = np.nan
+    log["next_observations"] = following
+    _, episodes, out = imported(log, "csv", "--missing", "carry")
+    assert_steps(episodes[0], log, [0, 1, 2], [0, 1, 2, 2])
+    assert_steps(episodes[1], log, [3, 4], [3, 4, 5])
+    assert_steps(episodes[2], log, [6], [6, 7])
+    assert "its next observation is unknown: 2\n" in out
+
+
+def test_none_is_a_word_and_an_empty_one_is_missing(tabled, refused, tmp_path):
+    """No treatment is a treatment; a cell of blanks is an empty cell, in a .parquet too."""
+    table = make_table(action_0=[*"aa", "None", *"aaa", "None", "a"])
+    dataset, episodes, _ = tabled(table)
+    assert dataset.storage.metadata["action_names"] == ["None", "a"]
+    assert reads(episodes, "actions") == [1, 1, 0, 1, 1, 0]
+    minari.delete_dataset("my/logs-v0")
+    minari.namespace.delete_namespace("my")
+    make_table(action_0=[*"aab", " ", *"bbab"]).to_parquet(tmp_path / "log.parquet")
+    assert "row 3: action_0 is missing" in refused(tmp_path / "log.parquet")
+
+
+@pytest.mark.parametrize("cells", [("0,5", "0,25"), ("5%", "7.5%")])
+def test_numbers_as_other_countries_write_them_are_no_words(refused, tmp_path, cells):
+    make_table(observation_1=[*cells] * 4).to_csv(tmp_path / "log.csv", index=False)
+    problem = f"row 0 (line 2): observation_1 is {cells[0]}, a number with a comma or per cent"
+    assert problem in refused(tmp_path / "log.csv")
+
+
+def test_joint_choices_must_be_choices(refused, tmp_path):
+    make_table(action_1=[0, 1] * 4).to_csv(tmp_path / "log.csv", index=False)
+    problem = "--choices joint: action_0 are no choices but quantities"
+    assert problem in refused(tmp_path / "log.csv", "csv", "--choices", "joint")
+
+
+def test_ids_of_a_table_are_its_text(tabled):
+    """As numbers 1.1 and 1.10 are the same."""
+    ids = ["1.1"] * 3 + ["1.10"] * 3 + ["01"] + ["1 "]
+    table = make_table(episode_id=ids, termination=0, truncation=0)
+    _, episodes, _ = tabled(table)
+    assert [len(episode.rewards) for episode in episodes] == [2, 2]  # the last two lost their only step
+
+
+def test_a_likelihood_is_a_probability(refused, tmp_path):
+    for wrong in (0.0, -1.0, 2.0):
+        log = make_log() | {"propensities": np.where(np.arange(8) == 4, wrong, 0.5)}
+        assert f"row 4: propensities is {wrong:g}, no probability above 0" in refused(log)
+
+
+def test_time_alone_does_not_go_back(tabled, refused, tmp_path):
+    """A clock that begins anew with every episode says nothing of how episodes follow each other."""
+    table = make_table(timestamp=[0, 1, 2, 0, 1, 2, 0, 1])
+    table.to_csv(tmp_path / "log.csv", index=False)
+    assert "row 2 (line 4): time goes back in the next row" in refused(tmp_path / "log.csv")
+    _, episodes, _ = tabled(table, "--timestamps", "none")
+    assert [len(episode.rewards) for episode in episodes] == [3, 2, 1]
+
+
 def test_missing_words_and_choices(tabled):
-    table = make_table(action_0=[*"bbaabba", None], shift=["x", None, "y", "x", "y", "x", "y", "y"])
+    table = make_table(action_0=[*"bbaabb", None, "a"], shift=["x", None, "y", "x", "y", "x", "y", "y"])
     names = ("--observations", "shift", "--missing", "carry")
     dataset, episodes, _ = tabled(table, *names)
-    assert len(episodes) == 2  # row 7 has no action
+    assert len(episodes) == 2  # row 6 has no action
     assert episodes[0].observations.tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
     assert dataset.storage.metadata["action_names"] == ["a", "b"]
     minari.delete_dataset("my/logs-v0")
@@ -848,7 +921,7 @@ TEXTS = {
     "header alone": (HEADER, "no rows"),
     "long row": (HEADER + "0.5,0.5,1,0,0\n0.5,0.5,1,0,0,7\n", "line 3"),
     "long rows": (HEADER + "0,5,0.5,1,0,0\n", "Length of header"),
-    "short row": (HEADER + "0.5,0.5,1,0,0\n0.5,0.5,1,0\n", "row 1 (line 3): truncation is missing"),
+    "short row": (HEADER + "0.5,0.5,1,0,0\n0.5,0.5,1,0\n", "line 3 has 4 cells, the header 5"),
     "no header": ("0.5,0.4,1,0,2\n", "no observations"),
     "twice": (HEADER.replace("action_0", "reward") + "0.5,0.5,1,0,0\n", "the header, has reward twice"),
     "gap": ("observation_2," + HEADER + "1,1,.5,1,0,0\n", "choose the observations"),

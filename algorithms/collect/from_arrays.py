@@ -20,7 +20,8 @@ dataset's metadata: observation_columns, action_columns and, for choices, action
 
 Without timestamps rows are in the order of time. With them and an episode_id rows may stand in any order:
 episodes are sorted by their beginnings, steps within them by their times, and a step that takes more than
-one and a half times the median one is a gap. `--gaps cut` makes it an end, a truncation.
+one and a half times the median one is a gap. `--gaps cut` makes it an end, a truncation. Where there are only
+timestamps, time must not go back. `--timestamps none` ignores that column, as any that is optional.
 
 A column of words is a choice. Observed, it becomes an entry of 0 and 1 for each word, `shift=night`. A
 single column of actions that holds words, or a few whole numbers, makes a dataset of choices (discrete
@@ -90,7 +91,9 @@ NAMES = {  # what the columns of each field are called
     "next_observations": r"next_observations?(_\d+)?",
     "propensities": r"propensity|propensities",
 }
+MISSING = ["", "NA", "N/A", "n/a", "#N/A", "<NA>", "nan", "NaN", "NULL", "null"]  # None is a word
 MAX_WORDS = 100  # different words, or whole numbers, of a column that is a choice
+CSV = {"index_col": False, "skipinitialspace": True}  # as every .csv is read
 LONG_STEP = 1.5  # in median steps: what takes longer is a gap
 
 Count = NewType("Count", int)  # at least 1
@@ -184,6 +187,7 @@ class Log:
             numbers = [int(name.rpartition("_")[2]) for name in found if name[-1].isdigit()]
             alone = len(found) == 1 and not numbers
             clear = alone or numbers in ([*range(len(found))], [*range(1, len(found) + 1)])
+            keyed = keyed if field in ("observations", "next_observations") else {}
             if not clear or (found and keyed) or any(not key or "/" in key for key in keyed):
                 names = [*found, *(f"{field}/{key}" for key in keyed)]
                 raise self.fault(f"choose the {field} among {', '.join(names):.300}: --{field} ...")
@@ -256,7 +260,11 @@ class Log:
             column = pd.Series(column.ravel(), name=name)
         if column.dtype.kind != "O" or (column.dtype == object and column.map(np.ndim).any()):
             return None
-        codes, found = pd.factorize(column)  # -1: missing
+        column = column.mask(column.astype(str).str.strip() == "")
+        try:
+            codes, found = pd.factorize(column)  # -1: missing
+        except TypeError:
+            raise self.fault(f"{name} holds neither numbers nor words but {column.iloc[0]!s:.50}") from None
         if not len(found) or to_numbers(pd.Series(found)).notna().any():
             return None
         words = pd.Series(found).astype(str).str.strip()
@@ -267,8 +275,18 @@ class Log:
         if words.nunique() > MAX_WORDS:
             few = f"{words.nunique():,} different words ({', '.join(words[:3]):.60}, ...)"
             raise self.fault(f"{name} has {few}: neither numbers nor a choice among at most {MAX_WORDS}")
+        if to_numbers(words.str.replace(",", ".").str.rstrip("%")).notna().all():
+            problem = f"{name} is {words[0]!s:.50}, a number with a comma or per cent"
+            raise self.fault(f"{problem}; write it as 0.5", (codes == 0).argmax())
         self.note_missing(name, codes < 0)
         return pd.Series(np.append(words.to_numpy(object), np.nan)[codes], name=name)
+
+    def ids(self, name: str):
+        """A column as it is; of a .csv as text, since 1.1 and 1.10 or 01 and 1 are the same number."""
+        column = self.read(name)
+        if self.file.suffix == ".csv":
+            column = pd.read_csv(self.file, **CSV, usecols=[name], dtype=str)[name].str.strip()
+        return column
 
     def scalars(self, name: str) -> np.ndarray:
         """A column of one number per row, [N]."""
@@ -276,6 +294,14 @@ class Log:
         if array.shape[1] != 1:
             raise self.fault(f"{name} has {array.shape[1]} entries in a row, not one")
         return array[:, 0]
+
+    def shares(self, name: str) -> np.ndarray:
+        """A column of probabilities above 0, [N]; nan where one is missing."""
+        array = self.scalars(name)
+        bad = (array <= 0) | (array > 1)
+        if bad.any():
+            raise self.fault(f"{name} is {array[bad.argmax()]:g}, no probability above 0", bad.argmax())
+        return array
 
     def flags(self, name: str) -> np.ndarray:
         """A column of 0 and 1, [N]; nan where it is missing."""
@@ -320,8 +346,13 @@ def read_csv(file: Path) -> pd.DataFrame:
         raise ValueError(f"its first line, the header, has {header[header.duplicated()].iloc[0]} twice")
     if len(header) == 1 and ";" in str(header.iloc[0]):
         raise ValueError("its columns are parted by semicolons; save it with commas, and points in numbers")
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        reader = csv.reader(lines, skipinitialspace=True)
+        for cells in reader:
+            if "".join(cells).strip() and len(cells) < len(header):
+                raise ValueError(f"line {reader.line_num} has {len(cells)} cells, the header {len(header)}")
     with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-        return pd.read_csv(file, index_col=False, skipinitialspace=True, low_memory=False)
+        return pd.read_csv(file, **CSV, keep_default_na=False, na_values=MISSING, low_memory=False)
 
 
 # ----------------------------------------------- The fields -----------------------------------------------
@@ -345,7 +376,7 @@ def read_log(config: Config, env: gym.Env | None) -> tuple[Log, dict]:
         "next_observations": config.next_observations,
         "propensities": config.propensities,
     }
-    without = {field for field in ("rewards", "terminations") if given[field] == ["none"]}
+    without = {field for field in given if given[field] == ["none"]} - {"observations", "actions"}
     names = {field: {} if field in without else log.find(field, given[field]) for field in NAMES}
     optional = {"next_observations", "episode_ids", "timestamps", "propensities", *without}
     if names["episode_ids"]:
@@ -369,7 +400,7 @@ def read_log(config: Config, env: gym.Env | None) -> tuple[Log, dict]:
     fields["actions"], known = read_actions(config, log, names["actions"][""], env)
     columns |= known
 
-    readers = {"rewards": log.scalars, "propensities": log.scalars, "episode_ids": log.read}
+    readers = {"rewards": log.scalars, "propensities": log.shares, "episode_ids": log.ids}
     readers |= {"timestamps": log.times, "terminations": log.flags, "truncations": log.flags}
     for field, read in readers.items():
         if names[field]:
@@ -438,6 +469,9 @@ def read_actions(config: Config, log: Log, names: list[str], env: gym.Env | None
         is_choice = False
     else:
         is_choice = len(few) == len(names)
+    if config.choices == "joint" and not is_choice:
+        rest = ", ".join(name for name in names if name not in few) or "the environment's or the bounds given"
+        raise log.fault(f"--choices joint: {rest:.200} are no choices but quantities")
     if wordy and (env or not is_choice):
         raise log.fault(f"{wordy} holds words, where actions should be numbers")
     if not is_choice:
@@ -508,7 +542,10 @@ def sort_rows(log: Log, fields: dict) -> None:
     if times is None:
         return
     begins = np.zeros(len(times))
-    codes = begins
+    codes, back = begins, np.diff(times) < 0
+    if ids is None and back.any():
+        problem = "time goes back in the next row, and no episode_ids tell which rows belong together"
+        raise log.fault(f"{problem}; name them, or --timestamps none keeps the rows' order", back.argmax())
     if ids is not None:
         codes = episode_codes(log, ids)
         begins = pd.Series(times).groupby(codes).transform("min").to_numpy()
@@ -580,19 +617,33 @@ def find_gaps(config: Config, log: Log, fields: dict, ends: np.ndarray) -> tuple
     return np.union1d(ends, gaps), [f"{found}, each the end of an episode now: {len(gaps):,}"]
 
 
-def lacks_value(fields: dict) -> np.ndarray:
-    """Rows in which a value is missing, bool [N]."""
+def lost_rows(fields: dict, ends: np.ndarray) -> np.ndarray:
+    """The last rows of truncated episodes whose next observation is unknown: (2) needs what they observed."""
+    unknown = np.ones(len(ends), bool)
+    if fields["next_observations"]:
+        parts = [np.isnan(array[ends]).any(1) for array in fields["next_observations"].values()]
+        unknown = np.any(parts, axis=0)
+    return ends[unknown & (fields["terminations"][ends] == 0)]
+
+
+def lacks_value(fields: dict, lost: np.ndarray) -> np.ndarray:
+    """Rows in which a value is missing, bool [N]; of `lost` rows only what they observed counts."""
     lacking = np.zeros(len(fields["rewards"]), bool)
     for field in NAMES:
         if fields[field] is not None and field not in ("episode_ids", "timestamps"):
             for array in leaves(fields[field]):
-                lacking |= np.isnan(array).reshape(len(array), -1).any(1)
+                absent = np.isnan(array).reshape(len(array), -1).any(1)
+                if field in ("actions", "rewards", "next_observations", "propensities"):
+                    absent[lost] = False
+                lacking |= absent
     return lacking
 
 
-def mend_missing(config: Config, log: Log, fields: dict, ends: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def mend_missing(
+    config: Config, log: Log, fields: dict, ends: np.ndarray, lost: np.ndarray
+) -> tuple[np.ndarray, list[str]]:
     """Rows whose episodes have to be left out, bool [N], and what was done about missing values, in words."""
-    lacking = lacks_value(fields)
+    lacking = lacks_value(fields, lost)
     if not lacking.any():
         return lacking, []
     counts = ", ".join(f"{name} {absent.sum():,}" for name, absent in log.missing.items())
@@ -607,9 +658,9 @@ def mend_missing(config: Config, log: Log, fields: dict, ends: np.ndarray) -> tu
     if config.missing == "carry":
         before = lacking.sum()
         carry_observations(fields, ends)
-        lacking = lacks_value(fields)
+        lacking = lacks_value(fields, lost)
         notes.append(f"rows mended by what was last observed in their episodes: {before - lacking.sum():,}")
-    if lacking.all():
+    if np.delete(lacking, lost).all():
         raise log.fault(f"no episode is left: a value is missing in every row ({counts:.400})")
     return lacking, notes
 
@@ -644,7 +695,9 @@ def check_order(log: Log, observations: dict, following: dict, first: int, end: 
             raise log.fault(f"{problem}: are rows shuffled, or is a flag missing?", row)
 
 
-def cut_episodes(log: Log, fields: dict, ends: np.ndarray, lacking: np.ndarray) -> tuple[list, list[str]]:
+def cut_episodes(
+    log: Log, fields: dict, ends: np.ndarray, lacking: np.ndarray, lost: np.ndarray
+) -> tuple[list, list[str]]:
     """The log as episodes of T steps and T + 1 observations, and what had to be made up for it, in words.
 
     `ends` are the last rows of the episodes; those with a row that is `lacking` [N] are left out.
@@ -654,12 +707,12 @@ def cut_episodes(log: Log, fields: dict, ends: np.ndarray, lacking: np.ndarray) 
     starts = np.append(0, ends[:-1] + 1)
     whole = ~np.logical_or.reduceat(lacking, starts)
     dropped, starts, ends = (~whole).sum(), starts[whole], ends[whole]
-    cut, episodes = ~terminations[ends], []
-    for first, end in zip(starts, ends):
+    cut, episodes, without = ~terminations[ends], [], np.isin(ends, lost)
+    for first, end, is_lost in zip(starts, ends, without):
         stop, final = end + 1, following or observations  # (1)
         if following:
             check_order(log, observations, following, first, end)
-        elif not terminations[end]:
+        if is_lost:
             stop, final = end, {key: array[1:] for key, array in observations.items()}  # (2)
         if stop == first:
             continue
@@ -688,10 +741,10 @@ def cut_episodes(log: Log, fields: dict, ends: np.ndarray, lacking: np.ndarray) 
     notes, unflagged = {}, cut & ~truncations[ends]
     notes["episodes left out, as a value is missing in them"] = dropped
     notes["episodes without a flag at their end, taken as truncated"] = unflagged.sum()
+    notes["steps lost, each the last of a truncated episode: its next observation is unknown"] = without.sum()
+    notes["episodes lost, truncated after a single step"] = len(ends) - len(episodes)
     if not following:
         notes["terminated episodes whose last observation stands twice at the end"] = (~cut).sum()
-        notes["steps lost, each the last of a truncated episode: its next observation is unknown"] = cut.sum()
-        notes["episodes lost, truncated after a single step"] = len(ends) - len(episodes)
     else:
         inner = ends[:-1][cut[:-1]]  # truncated, and another episode follows
         same = [(following[key][inner] == array[inner + 1]).all(1) for key, array in observations.items()]
@@ -848,12 +901,14 @@ def import_log(config: Config) -> None:
     sort_rows(log, fields)
     ends = find_ends(log, fields)
     ends, notes = find_gaps(config, log, fields, ends)
-    lacking, mended = mend_missing(config, log, fields, ends)
-    observation_space, action_space, origin = choose_spaces(config, log, fields, env, lacking)
-    episodes, made_up = cut_episodes(log, fields, ends, lacking)
+    lost = lost_rows(fields, ends)
+    lacking, mended = mend_missing(config, log, fields, ends, lost)
+    unused = lacking | np.isnan(fields["actions"]).any(1)  # a lost row may well have none
+    observation_space, action_space, origin = choose_spaces(config, log, fields, env, unused)
+    episodes, made_up = cut_episodes(log, fields, ends, lacking, lost)
     notes += [*mended, *made_up, origin]
     if isinstance(action_space, Box):
-        actions = fields["actions"][~lacking]
+        actions = fields["actions"][~unused]
         outside = np.mean((actions < action_space.low) | (actions > action_space.high))
         if outside:
             notes.append(f"action entries outside, which training clips: {outside:.2%}")
