@@ -282,6 +282,25 @@ def test_a_run_is_asked_as_its_script_answers_with_the_mask(minari_root, tmp_pat
     assert (script.ask(policy, name, seen, dataset, log)[~allowed] > 0).all()
 
 
+@pytest.mark.parametrize("field", ["action_names", "observation_columns"])
+def test_a_run_that_calls_choices_or_columns_otherwise_is_refused(minari_root, tmp_path, field):
+    """Two imports number their words each by itself: 1 is right in the one and up in the other."""
+    learned, bc = store("test/logs/march-v0", gated(2)), load_script("discrete/bc.py")
+    dataset = store("test/logs/april-v0", gated(2))
+    bc.train(bc.parse_config(short(learned.id, tmp_path, updates=2)))
+    folder = str(tmp_path / f"discrete/bc/{learned.id}/default/seed-0")
+    log, policy = script.side_by_side(dataset), script.load_policy(folder, 3)
+    seen, allowed = script.around_steps(log, "observations")[0], script.around_steps(log, "allowed")[0]
+    for each, words in ((learned, ["left", "right", "wait"]), (dataset, ["right", "up", "wait"])):
+        script.ask(policy, folder, seen, dataset, log, allowed)  # as long as not both have names
+        each.storage.update_metadata({field: words})
+    with pytest.raises(script.UserError, match=rf"{field} are \['left', .* where it learned, \['right'"):
+        script.ask(policy, folder, seen, dataset, log, allowed)
+    minari.delete_dataset(learned.id)
+    script.ask(policy, folder, seen, dataset, log, allowed)  # what it learned from is not here any more
+    minari.delete_dataset(dataset.id)
+
+
 def test_a_policy_with_a_memory_is_refused(minari_root, tmp_path):
     """It would be asked about steps without those before them."""
     dataset, dt = store("test/logs/gated-memory-v0", gated(2)), load_script("discrete/dt.py")

@@ -175,7 +175,8 @@ def store(tmp_path, monkeypatch):
             "action_space": gym.spaces.Box(-1, 1, (2,), np.float32),
         }
         dataset = minari.create_dataset_from_buffers(name, episodes, **spaces, data_format="hdf5")
-        names = {"observation_columns": ["x", "y", "z"], "ref_min_score": 1.0, "content_hash": "of another"}
+        columns = ["x", "y", "w" if "other" in name else "z"]
+        names = {"observation_columns": columns, "ref_min_score": 1.0, "content_hash": "of another"}
         dataset.storage.update_metadata(names)
         return dataset
 
@@ -325,6 +326,7 @@ def test_the_environment_goes_along(call):
         (["--source", "my/none-v0"], "cannot load my/none-v0"),
         (["--demonstrations", "my/wide-v0", "--count", "1"], "has [(4,)], but my/log-v0 has [(3,)]"),
         (["--method", "uds", "--demonstrations", "my/wide-v0", "--count", "1"], "my/wide-v0 has (Box"),
+        (["--demonstrations", "my/other-v0", "--count", "1"], "of my/other-v0 are ['x', 'y', 'w']"),
         (["--source", "my/flat-v0", "--count", "1"], "same return, so none is known to be good"),
         (["--dataset", "labelled", "--count", "1"], "no Minari id"),
     ],
@@ -332,6 +334,7 @@ def test_the_environment_goes_along(call):
 def test_what_it_refuses(store, call, tmp_path, arguments, words):
     store("my/log-v0", [walk(12, 1), walk(12, 2)])
     store("my/flat-v0", [episode(RNG.normal(size=(4, 3)), [0, 0, 0]) for _ in range(2)])
+    store("my/other-v0", [walk(12, 1)])
     store("my/wide-v0", [episode(RNG.normal(size=(4, 4)), [0, 1, 0])], width=4)
     before = sorted(path.name for path in (tmp_path / "minari").rglob("*"))
     status, _, err = call(*arguments)

@@ -249,6 +249,7 @@ def test_a_log_that_is_there_stays_and_another_recipe_is_an_error(roots):
     [
         (["--policy=doctor"], "policy: 'doctor' is not clinician or random or mixed"),
         (["--episodes=0"], "episodes: "),
+        (["--policy=mixed", "--episodes=1"], "episodes: 1 is less than one by each of clinician, random"),
         (["--polcy=mixed"], "did you mean policy?"),
     ],
 )

@@ -197,7 +197,12 @@ def check_kinds(config: Config, log: minari.MinariDataset, good: minari.MinariDa
     if config.method == "uds":
         kinds = [(dataset.observation_space, dataset.action_space) for dataset in (log, good)]
     if kinds[0] != kinds[1]:
-        raise UserError(f"demonstrations: {good.id} has {kinds[1]}, but {log.id} has {kinds[0]}")
+        advice = "bounds are the data's unless an import names them, --action_low and --action_high"
+        raise UserError(f"demonstrations: {good.id} has {kinds[1]}, but {log.id} has {kinds[0]}; {advice}")
+    for field in ("observation_columns", "action_names"):
+        ours, theirs = (dataset.storage.metadata.get(field) for dataset in (log, good))
+        if ours and theirs and ours != theirs:
+            raise UserError(f"demonstrations: {field} of {good.id} are {theirs}, of {log.id} {ours}")
 
 
 def choose_best(config: Config, episodes: list) -> list:
@@ -312,6 +317,8 @@ def load_dataset(name: str) -> minari.MinariDataset:
     advice = f"make it: make dataset ID={name}" if ours else f"see minari list remote, minari download {name}"
     configs = Path(__file__).resolve().parent / "../../configs"
     known = {"/".join(file.with_suffix("").parts[-3:]) for file in configs.glob("*/*/*/*/*-v[0-9].yaml")}
+    root = minari.storage.get_dataset_path()
+    known |= {data.parent.relative_to(root).as_posix() for data in root.glob("*/**/data")}
     near = difflib.get_close_matches(name, known - {name}, 2)
     if local:
         advice = f"if its files are damaged, minari delete {name}, then {advice}"

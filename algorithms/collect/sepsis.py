@@ -208,6 +208,8 @@ def make_logs(config: Config) -> None:
         return
 
     start, names = time.perf_counter(), POLICIES[config.policy]
+    if config.episodes < len(names):
+        raise UserError(f"episodes: {config.episodes} is less than one by each of {', '.join(names)}")
     values = {name: round(value(policy_table(name)), 6) for name in ("random", "clinician", "optimum")}
     seeds = np.random.SeedSequence(config.seed).spawn(len(names))
     shares = [len(part) for part in np.array_split(np.arange(config.episodes), len(names))]

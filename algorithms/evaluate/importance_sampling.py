@@ -411,12 +411,24 @@ def load_policy(folder: str, choices: int) -> Callable:
     return learner.probabilities if choices else learner.act
 
 
+def check_names(policy: str, dataset: minari.MinariDataset) -> None:
+    """An error where a run learned from data whose choices or columns have other names than this log's."""
+    file = Path(policy, "config.yaml")
+    source = yaml.safe_load(file.read_text())["dataset"] if file.exists() else dataset.id
+    if (minari.storage.get_dataset_path(source) / "data").exists():
+        known, ours = minari.load_dataset(source).storage.metadata, dataset.storage.metadata
+        for field in ("action_names", "observation_columns"):
+            if field in known and field in ours and known[field] != ours[field]:
+                raise ValueError(f"{field} are {known[field]} where it learned, {ours[field]} here")
+
+
 def ask(policy: Callable, name: str, observations, dataset, log: dict, allowed=None) -> np.ndarray:
     """Probabilities [M, A], or mean actions [M, act_dim] in [-1, 1], for observations [M, ...].
 
     `allowed` [M, A] are the choices that the log's masks allow there, None where it has none.
     """
     with explain(f"{name} does not fit {dataset.id}", "evaluate it on a log of its own environment"):
+        check_names(name, dataset)
         parts, given = np.array_split(np.arange(len(observations)), len(observations) // 4096 + 1), []
         for rows in parts:
             masks = {} if allowed is None else {"allowed": allowed[rows]}
@@ -454,6 +466,8 @@ def load_dataset(name: str) -> minari.MinariDataset:
     advice = f"make it: make dataset ID={name}" if ours else f"see minari list remote, minari download {name}"
     configs = Path(__file__).resolve().parent / "../../configs"
     known = {"/".join(file.with_suffix("").parts[-3:]) for file in configs.glob("*/*/*/*/*-v[0-9].yaml")}
+    root = minari.storage.get_dataset_path()
+    known |= {data.parent.relative_to(root).as_posix() for data in root.glob("*/**/data")}
     near = difflib.get_close_matches(name, known - {name}, 2)
     if local:
         advice = f"if its files are damaged, minari delete {name}, then {advice}"
