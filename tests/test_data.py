@@ -394,6 +394,10 @@ def test_actions_at_a_bound_are_not_clipped(scripts, minari_root, capsys):
 
 
 def test_the_mean_return_to_go_is_that_of_every_step(td3_bc):
-    episodes = [{"rewards": np.float32([1, 0, 4])}, {"rewards": np.float32([2])}]
+    """And nothing that follows a termination counts, where an episode goes on after one."""
+    rewards, flags = ([1, 0, 4], [2]), ([0, 0, 0], [1])
+    episodes = [{"rewards": np.float32(r), "terminations": np.float32(d)} for r, d in zip(rewards, flags)]
     assert td3_bc.mean_return_to_go(episodes, 0.5) == pytest.approx((2 + 2 + 4 + 2) / 4)
     assert td3_bc.mean_return_to_go(episodes, 0.0) == pytest.approx(7 / 4)
+    episodes[0]["terminations"][1] = 1
+    assert td3_bc.mean_return_to_go(episodes, 0.5) == pytest.approx((1 + 0 + 4 + 2) / 4)

@@ -267,6 +267,11 @@ def test_a_near_dataset_is_suggested(call, tmp_path, dataset, near):
     assert near in err.partition("did you mean ")[2].partition("?")[0].split(" or ")
 
 
+def test_one_on_this_machine_is_suggested_too(call, pendulum, tmp_path):
+    status, _, err = call("td3_bc", *short(pendulum.replace("-v", "s-v"), tmp_path / "runs"))
+    assert_one_line(status, err, f"did you mean {pendulum}")
+
+
 def test_a_hub_that_cannot_be_reached_is_asked_once(call, tmp_path, monkeypatch):
     """The hub's own client would try again and again, half a minute long."""
 

@@ -449,6 +449,8 @@ def load_dataset(name: str) -> minari.MinariDataset:
     advice = f"make it: make dataset ID={name}" if ours else f"see minari list remote, minari download {name}"
     configs = Path(__file__).resolve().parent / "../../configs"
     known = {"/".join(file.with_suffix("").parts[-3:]) for file in configs.glob("*/*/*/*/*-v[0-9].yaml")}
+    root = minari.storage.get_dataset_path()
+    known |= {data.parent.relative_to(root).as_posix() for data in root.glob("*/**/data")}
     near = difflib.get_close_matches(name, known - {name}, 2)
     if local:
         advice = f"if its files are damaged, minari delete {name}, then {advice}"

@@ -428,6 +428,8 @@ def load_dataset(name: str) -> minari.MinariDataset:
     advice = f"make it: make dataset ID={name}" if ours else f"see minari list remote, minari download {name}"
     configs = Path(__file__).resolve().parent / "../../configs"
     known = {"/".join(file.with_suffix("").parts[-3:]) for file in configs.glob("*/*/*/*/*-v[0-9].yaml")}
+    root = minari.storage.get_dataset_path()
+    known |= {data.parent.relative_to(root).as_posix() for data in root.glob("*/**/data")}
     near = difflib.get_close_matches(name, known - {name}, 2)
     if local:
         advice = f"if its files are damaged, minari delete {name}, then {advice}"
@@ -566,12 +568,12 @@ def scale_rewards(episodes: list, scale: float, shift: float, normalize: bool) -
 
 
 def mean_return_to_go(episodes: list, discount: float) -> float:
-    """Mean over all steps of the discounted return from there to the end of what was recorded."""
+    """Mean over all steps of the discounted return from there to a termination, or the record's end."""
     to_go = []
     for episode in episodes:
-        following = 0.0
-        for reward in reversed(episode["rewards"].tolist()):
-            following = reward + discount * following
+        following, steps = 0.0, zip(episode["rewards"].tolist(), episode["terminations"].tolist())
+        for reward, ended in reversed([*steps]):
+            following = reward + discount * (1 - ended) * following
             to_go.append(following)
     return float(np.mean(to_go))
 
