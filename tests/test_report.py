@@ -589,6 +589,14 @@ def test_names_are_no_markdown(root, record, without_figures):
     assert f"| {MAZES[0]} | [bc](" in report_md(root)
 
 
+def test_a_long_id_stands_in_lines_that_a_panel_has_room_for(record):
+    name = "reef/ogbench/pointmaze-medium-navigate-v0"
+    (axis,) = dict(figures.draw_figures(*record(run("bc", name, curve=[1, 2]))))["curves-reef-ogbench"].axes
+    lines = axis.get_title("left").splitlines()
+    assert "".join(lines[:2]) == name
+    assert max(map(len, lines[:2])) <= 34
+
+
 def test_panels_say_what_is_not_alike(record):
     rows = run("bc", MAZES[0], curve=[1, 2]) + run("iql", MAZES[0], 0) + run("iql", MAZES[0], 1)
     (axis,) = dict(figures.draw_figures(*record(rows)))["curves-reef-pointmaze"].axes

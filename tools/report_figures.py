@@ -151,8 +151,9 @@ def note_runs(counts: dict[str, int], updates: Iterable[int]) -> list[str]:
 
 
 def entitle(axis, title: str, notes: Iterable[str]) -> None:
-    """Notes stand below the title, in lines that a panel has room for."""
-    axis.set_title("\n".join([title, *(textwrap.fill(note, 46) for note in notes)]))
+    """Notes stand below the title, in lines that a panel has room for; so is a long id in two."""
+    lines = [textwrap.fill(line, 34) for line in title.splitlines()]
+    axis.set_title("\n".join([*lines, *(textwrap.fill(note, 46) for note in notes)]))
 
 
 def label_updates(axis) -> None:
