@@ -286,6 +286,14 @@ def test_a_variant_is_a_config_file(root, module):
     assert runs == [("offline/toy/test/two-v0/fast/seed-0", [file, "--variant=fast"])]
 
 
+def test_a_config_is_read_as_the_script_reads_it(root, module):
+    """YAML takes 2e1 for a text: the run would never count as finished."""
+    write_config(root, "offline/toy/test/two-v0-fast", dataset="test/two-v0", variant="fast", updates="2e1")
+    matrix = write_matrix(root, algorithms=[{"toy": {"variant": "fast"}}], datasets=["*"])
+    (one,) = module.expand(module.read_matrix(Path(matrix)), root)
+    assert one.config["updates"] == 20
+
+
 def test_a_variant_names_other_settings(root, module):
     fields = {"variant": "noted", "note": 2.5, "flag": False}
     runs = expand(root, module, algorithms=["toy"], datasets=["*"], overrides=fields)

@@ -49,6 +49,7 @@ def test_what_is_no_record_is_an_error(folder, text):
 def test_names():
     assert common.learner_name("offline", "bc", "default") == "bc"
     assert common.learner_name("finetune", "iql", "wide") == "finetune iql wide"
+    assert common.learner_name("finetune", "iql", "offline") == "finetune iql offline"  # a variant's name
     assert common.config_file("offline", "bc", "x/y-v0", "default") == Path("configs/offline/bc/x/y-v0.yaml")
     assert common.config_file("offline", "bc", "x-v0", "top10") == Path("configs/offline/bc/x-v0-top10.yaml")
 

@@ -81,6 +81,14 @@ def test_a_policy_of_vectors_answers_as_act_or_is_refused(name, exported, tmp_pa
     assert np.ptp(given[:, 1]) > 0
 
 
+def test_a_policy_whose_bits_depend_on_the_batch_is_none_that_draws(exported, monkeypatch):
+    """As a product with few columns may: a thousand rows at once differ from fifty in the last place."""
+    script, learner = learner_of("td3_bc")
+    act = learner.act
+    monkeypatch.setattr(learner, "act", lambda rows: act(rows) + np.float32(1e-6) * (len(rows) > 50))
+    exported(script, learner)
+
+
 @pytest.mark.parametrize("name", CHOICES)
 @pytest.mark.parametrize("kind", ["vectors", "states", "planes"])
 def test_a_policy_of_choices_answers_as_act(name, kind, exported):

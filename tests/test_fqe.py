@@ -259,3 +259,12 @@ def test_continuous_policies_are_asked_in_the_environments_units():
     policy = lambda seen: np.tile([7.5, -4.0], (len(seen), 1))  # noqa: E731
     given = script.ask(policy, "p", np.zeros((3, 2)), dataset, log)
     assert given == pytest.approx(np.tile([0.5, -1], (3, 1)))
+
+
+def test_an_entry_of_the_actions_that_never_changes_has_no_scale():
+    """As in training: an import's bounds are the data's extremes, which are the same there."""
+    box = gym.spaces.Box(np.array([0.0, 0.5]), np.array([10.0, 0.5]), dtype=float)
+    log = {"actions": np.zeros((1, 1, 2)), "bounds": np.array([box.low, box.high])}
+    dataset, rows = SimpleNamespace(id="test", action_space=box), np.zeros((3, 2))
+    given = script.ask(lambda seen: np.tile([7.5, 0.5], (len(seen), 1)), "p", rows, dataset, log)
+    assert given == pytest.approx(np.tile([0.5, -1], (3, 1)))

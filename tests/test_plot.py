@@ -269,6 +269,9 @@ def test_the_same_seed_in_two_folders_is_two_lines(make, run, tmp_path):
     }
     folder = tmp_path / "before/offline/bc" / MAZE / "default/seed-0"
     assert [*table(run(folder)[1])] == [(MAZE, "bc")]  # the folder of a run itself
+    status, _, err = run(tmp_path)
+    assert (status, err) == (
+        2, "plot.py: a run is twice below one folder: name the folders that have it one by one\n")
 
 
 def test_what_is_damaged_is_named_and_skipped(make, run, tmp_path):

@@ -422,7 +422,7 @@ def test_the_readme_claims_what_the_intervals_support(root, record, without_figu
     assert sorted(best[7].split(", ")) == ["awac", "bc"]
     assert {cells[2]: cells[7] for cells in equals} == {"awac": "", "bc": ""}
     assert {cells[2]: cells[6][:4] for cells in equals} == {"awac": "0.50", "bc": ""}
-    assert "Not compared, for want of seeds or of a second algorithm: reef/locomotion." in block
+    assert "Not compared, for want of seeds, scores or a second algorithm: reef/locomotion." in block
     assert "at least 3 seeds" in block
     for link in re.findall(r"\]\((results/[^)]+)\)", block):
         assert (root / link).exists() or link.endswith(".png")  # figures are left out here
@@ -442,7 +442,7 @@ def test_nothing_is_claimed_of_few_seeds(root, record, without_figures):
     record(runs({"bc": [[1, 2]] * 3, "iql": [[50, 51]] * 3}))
     assert report.main([]) == 0
     text = (root / "docs/scores.md").read_text()
-    assert "No two algorithms have 3 seeds of the same dataset yet, so nothing is compared." in text
+    assert "No two algorithms have 3 seeds with scores of the same dataset: none is compared." in text
     assert "Better" not in text
     assert "aggregates" not in text + report_md(root)
     assert "IQM" not in report_md(root)
@@ -816,26 +816,26 @@ def test_returns_are_compared_where_there_is_no_score(root, tmp_path, capsys):
     assert "Nothing is decidable." in compare(capsys, a, a)[None]
 
 
-def test_two_commits_are_compared(root, capsys):
-    rows = runs({"bc": [[10, 11, 12]]}, commit="abc" + "0" * 37)
-    for seed, score in enumerate([30, 31, 32], 3):
-        rows += run("bc", MAZES[0], seed, score, commit="abd" + "0" * 37)
-    rows += run("bc", MAZES[0], 6, 0.0, commit="abd" + "0" * 37 + "+")
-    rows += run("bc", MAZES[0], 7, 0.0, commit="abc" + "0" * 37 + " abd" + "0" * 37)  # of both, so of neither
-    write(root / "results/scores", rows)
-    found = compare(capsys, "abc", "abd" + "0" * 37)
+def test_the_records_of_two_commits_are_compared(root, capsys):
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@y", *words], cwd=root, check=True)
+
+    git("init", "-q")
+    for name, scores in (("before", [10, 11, 12]), ("after", [30, 31, 32])):
+        write(root / "results/scores", runs({"bc": [scores]}))
+        git("add", "results/scores")
+        git("commit", "-qm", name)
+        git("tag", name)
+    found = compare(capsys, "before", "after")
     assert found[MAZES[0], "bc"] == [
         "11.0 ± 1.0 (seeds: 3)",
         "31.0 ± 1.0 (seeds: 3)",
         "20.0 [17.7, 22.3]",
         "rose",
     ]
-    for name, problem in {"ab": "is several commits", "f": "is neither a folder nor a commit"}.items():
-        assert report.main(["--compare", "abc", name]) == 2
-        out, err = capsys.readouterr()
-        known = "abc0000, abd0000, abd0000+"
-        assert err == f"report.py: {name} {problem} of results/scores, which has runs of {known}\n"
-        assert out == ""
+    assert report.main(["--compare", "before", "nowhere"]) == 2
+    problem = "nowhere is neither a folder of scores nor a commit that has results/scores"
+    assert capsys.readouterr() == ("", f"report.py: {problem}\n")
 
 
 # ------------------------------------------- What goes wrong --------------------------------------------
@@ -862,7 +862,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-@pytest.mark.parametrize("arguments", [[], ["--check"], ["--compare", "aaa", "aaa"]])
+@pytest.mark.parametrize("arguments", [[], ["--check"], ["--compare", "SCORES", "SCORES"]])
 def test_a_malformed_file_is_named(root, capsys, case, arguments):
     mistake, problem = BAD[case]
     write(root / "results/scores", [row for seed in range(3) for row in run(seed=seed, curve=[1, 2])][:9])
@@ -873,7 +873,8 @@ def test_a_malformed_file_is_named(root, capsys, case, arguments):
     text = file.read_text()
     file.write_text(mistake(text))
     assert file.read_text() != text or case == "unfinished"
-    assert report.main(arguments) == 2
+    folder = str(root / "results/scores")
+    assert report.main([folder if word == "SCORES" else word for word in arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("report.py: ")

@@ -408,7 +408,7 @@ def imitation_error(policy: Policy, log: Log, seed: int) -> float:
     if log.choices:
         return float(1 - np.take_along_axis(given, logged[:, None], 1).mean())
     low, high = log.columns["bounds"]
-    return float(np.square(2 * (given - low) / (high - low) - 1 - logged).mean())
+    return float(np.square(2 * (given - low) / np.maximum(high - low, 1e-6) - 1 - logged).mean())
 
 
 def learner_losses(policy: Policy, log: Log, judge: Log, seed: int) -> dict[str, float]:
@@ -611,7 +611,6 @@ def gather_facts(policy: Policy, values: pd.DataFrame, departure: Departure, los
         ratio = ratios.max(skipna=False) if len(ratios) else 0.0
     last = policy.metrics.tail(1).select_dtypes("number")
     finite = policy.info.get("status") != "diverged" and not np.isinf(last.to_numpy()).any()
-    finite &= not last.filter(regex="loss").isna().to_numpy().any()
     weights = mine.loc["WIS", ["ess", "mean_weight"]].astype(float)
     return Facts(
         rare=departure.share - departure.own,

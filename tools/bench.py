@@ -336,8 +336,9 @@ def choose(arguments: argparse.Namespace) -> list[str]:
         numbers = [value for value in values if re.fullmatch(r"\d+(\.\d+)?", value) and float(value) > 0]
         if not values or values != numbers:
             raise UserError(f"--sweep {' '.join(arguments.sweep)}: a field and numbers above 0 are wanted")
-        able = [name for name in names if field in load_script(name).Config.__dataclass_fields__]
-        lack = f"no {field} among its settings"
+        known = [name for name in known if name in names]
+        able = [name for name in known if field in load_script(name).Config.__dataclass_fields__]
+        lack = f"no script of this name, or no {field} among its settings"
     unable = sorted(set(names) - set(able))
     if unable and (arguments.scripts or not able):
         raise UserError(f"{', '.join(unable)}: {lack}")

@@ -209,6 +209,15 @@ def read_field(name: str, value, defaults: dict):
     return value
 
 
+def read_config(file: Path, defaults: dict) -> dict:
+    """All fields by a config file, each as the script would read it."""
+    config = dict(defaults)
+    for name, value in read_yaml(file).items():
+        as_it_is = name in OURS or isinstance(value, list)
+        config[name] = value if as_it_is else read_field(name, value, defaults)
+    return config
+
+
 def read_fields(given: dict, defaults: dict) -> Iterator[tuple[dict, str]]:
     """Each combination of listed values, with what its variant's name ends in; "" without lists."""
     swept, values = [name for name in given if isinstance(given[name], list)], {}
@@ -255,7 +264,7 @@ def runs_with(
         raise UserError(f"none of the datasets has a config of variant {variant}")
     fields |= {"threads": 1, "output_dir": str(output)}
     for dataset in datasets:
-        config, place = {**defaults, **read_yaml(files[dataset]), **fields}, output / name / dataset / variant
+        config, place = {**read_config(files[dataset], defaults), **fields}, output / name / dataset / variant
         for seed in matrix["seeds"]:
             folder = place / f"seed-{seed}"
             yield Run(script, files[dataset], fields, seed, config | {"seed": seed}, folder, bool(ending))

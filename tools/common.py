@@ -77,7 +77,7 @@ def config_file(family: str, algorithm: str, dataset: str, variant: str) -> Path
 
 def learner_name(family: str, algorithm: str, variant: str) -> str:
     """Algorithm and variant, without what goes without saying."""
-    return " ".join(name for name in (family, algorithm, variant) if name not in ("offline", "default"))
+    return " ".join([family] * (family != "offline") + [algorithm] + [variant] * (variant != "default"))
 
 
 # --------------------------------------------- Numbers and text ---------------------------------------------

@@ -26,7 +26,7 @@ import gymnasium as gym
 import minari
 import numpy as np
 import pandas as pd
-from common import UserError, write
+from common import UserError, exit_status, write
 from datasets_choices import (
     CHOICE_WORDS,
     PAIR_WORDS,
@@ -437,11 +437,7 @@ def run(arguments: list[str]) -> int:
 
 
 def main() -> int:
-    try:
-        return run(sys.argv[1:])
-    except (UserError, OSError) as error:
-        print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return exit_status("datasets.py", run, sys.argv[1:])
 
 
 if __name__ == "__main__":

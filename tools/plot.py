@@ -92,6 +92,8 @@ def find_runs(folders: Iterable[Path], columns: Sequence[str] = ()) -> tuple[pd.
     runs = pd.DataFrame(runs)
     names = zip(runs["family"], runs["algorithm"], runs["variant"])
     runs["learner"] = [learner_name(*name) for name in names]
+    if runs.duplicated([*KEY, "folder"]).any():
+        raise UserError("a run is twice below one folder: name the folders that have it one by one")
     if runs.duplicated(KEY).any():  # the same seed in two folders
         runs["learner"] += " in " + runs["folder"]
     return runs, pd.concat(curves, ignore_index=True)

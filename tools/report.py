@@ -2,7 +2,7 @@
 
   python tools/report.py                 write results/report/ and the blocks of docs/{scores,online}.md
   python tools/report.py --check         only compare: status 1 where one of them is stale
-  python tools/report.py --compare A B   did scores move from A to B? Two commits, or two folders of scores
+  python tools/report.py --compare A B   did scores move from A to B? Commits, or folders of scores
 
 report_statistics.py tells what is compared and how, report_figures.py draws, and report_page.py writes.
 
@@ -11,7 +11,11 @@ seem to have moved.
 """
 
 import argparse
+import io
+import subprocess
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 import pandas as pd
@@ -24,7 +28,6 @@ from report_page import (
     page,
     report,
     scores_block,
-    shorten,
     variants_table,
     with_block,
 )
@@ -37,18 +40,20 @@ MOVED = ["rose", "fell"]
 
 
 def read_version(name: str) -> dict[str, Cell]:
-    """Cells by name, of a folder of scores, or of the commit in results/scores that begins so."""
+    """Cells by name, of a folder of scores, or of results/scores as a commit has them."""
     if Path(name).is_dir():
-        return {cell.name: cell for cell in gather_cells(read_scores(Path(name)))}
-    table = read_scores(ROOT / "results/scores")
-    known = sorted({*table["commit"]} - {""})
-    known = [commit for commit in known if " " not in commit]  # a run of several tells nothing of one
-    found = [commit for commit in known if commit == name] or [c for c in known if c.startswith(name)]
-    if len(found) != 1:
-        problem = "is several commits" if found else "is neither a folder nor a commit"
-        names = ", ".join(map(shorten, known))
-        raise UserError(f"{name} {problem} of results/scores, which has runs of {names}")
-    return {cell.name: cell for cell in gather_cells(table[table["commit"] == found[0]])}
+        return cells_by_name(Path(name))
+    archive = ["git", "archive", "--format=zip", name, "--", "results/scores"]
+    packed = subprocess.run(archive, cwd=ROOT, capture_output=True, check=False)
+    if packed.returncode:
+        raise UserError(f"{name} is neither a folder of scores nor a commit that has results/scores")
+    with tempfile.TemporaryDirectory() as folder:
+        zipfile.ZipFile(io.BytesIO(packed.stdout)).extractall(folder)
+        return cells_by_name(Path(folder, "results/scores"))
+
+
+def cells_by_name(scores: Path) -> dict[str, Cell]:
+    return {cell.name: cell for cell in gather_cells(read_scores(scores))}
 
 
 VERSIONS = """\

@@ -281,13 +281,18 @@ def markdown_of(table: pd.DataFrame) -> str:
     return markdown(table.columns, table.map(escape).to_numpy()) if len(table) else "None."
 
 
+def least_p(ours: list[Cell], theirs: list[Cell]) -> float:
+    """The smallest two-sided p that a permutation of seeds within each dataset can have."""
+    sizes = [(len(a.runs), len(b.runs)) for a, b in zip(ours, theirs)]
+    return 2 / math.prod(math.comb(a + b, a) for a, b in sizes)
+
+
 def comparison_text(one: Comparison) -> str:
     """Of one suite: what is compared, both tables, what is not compared."""
     if not one.cells:
-        return f"No two algorithms have {MIN_SEEDS} seeds of the same dataset."
+        return f"No two algorithms have {MIN_SEEDS} seeds with scores, by default, of the same dataset."
     verdict = "Bold: better beyond chance." if one.better else "No difference is beyond chance."
-    cells = next(iter(one.cells.values()))
-    least = 2 / math.prod(math.comb(2 * len(cell.runs), len(cell.runs)) for cell in cells)
+    least = min(least_p(*pair) for pair in itertools.combinations(one.cells.values(), 2))
     if least > 0.05:
         verdict = f"So few runs cannot show a difference beyond chance (p is {least:.2g} at best)."
     left_out, datasets = (", ".join(map(escape, names)) for names in (one.left_out, one.datasets))
@@ -299,11 +304,11 @@ def comparison_text(one: Comparison) -> str:
 def scores_block(comparisons: list[Comparison]) -> str:
     """What docs/scores.md says of them: no more than the intervals support."""
     compared, rest = ([one for one in comparisons if bool(one.cells) == wanted] for wanted in (True, False))
-    block = f"No two algorithms have {MIN_SEEDS} seeds of the same dataset yet, so nothing is compared.\n"
+    block = f"No two algorithms have {MIN_SEEDS} seeds with scores of the same dataset: none is compared.\n"
     if compared:
         block = BLOCK.format(seeds=MIN_SEEDS, baseline=BASELINE, table=aggregate_table(compared))
         names = ", ".join(escape(one.suite) for one in rest)
-        block += f"\nNot compared, for want of seeds or of a second algorithm: {names}.\n" * bool(rest)
+        block += f"\nNot compared, for want of seeds, scores or a second algorithm: {names}.\n" * bool(rest)
     return f"{block}\n{LINKS}"
 
 

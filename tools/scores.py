@@ -149,7 +149,7 @@ def read_scores() -> pd.DataFrame:
 def gather(runs: Path) -> None:
     """Merges the finished runs under `runs` into results/scores, and names the others."""
     gathered = {}
-    for file in sorted(runs.glob("*/*/**/seed-*/run.json")):
+    for file in sorted(runs.rglob("seed-*/run.json")):
         try:
             info = read_record(file.parent)
             name = name_run(file.parent, info)

@@ -225,8 +225,9 @@ def summary(trials: list[dict], file: Path) -> str:
     lines = [f"{len(trials)} trials, {len(trials) - len(done)} of which failed; the best:"]
     best = sorted(done, key=lambda trial: -float(trial["score"]))[:5]
     lines += [f"  {float(trial['score']):10.2f}  {trial['variant']}" for trial in best]
-    sums = {name: sum(float(trial[name]) for trial in trials) for name in ("episodes", "seconds")}
-    updates = sum(int(trial["updates"]) * int(trial["seeds"]) for trial in trials)
+    runs = {trial["variant"]: trial for trial in trials}.values()  # one proposed again is not run again
+    sums = {name: sum(float(trial[name]) for trial in runs) for name in ("episodes", "seconds")}
+    updates = sum(int(trial["updates"]) * int(trial["seeds"]) for trial in runs)
     hours = f"{sums['seconds'] / 3600:.1f} hours of training and evaluation"
     lines += [
         f"They took {updates:,} updates, {hours}, and {sums['episodes']:,.0f} episodes in the simulator.",

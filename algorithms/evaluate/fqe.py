@@ -303,7 +303,7 @@ def side_by_side(dataset: minari.MinariDataset) -> dict[str, np.ndarray]:
         log["allowed"] |= ~log["allowed"].any(2, keepdims=True)
     if is_vector:
         low, high = log["bounds"] = bounds_of_actions(space, log["actions"][log["mask"]])
-        scaled = 2 * (log["actions"].clip(low, high) - low) / (high - low) - 1
+        scaled = 2 * (log["actions"].clip(low, high) - low) / np.maximum(high - low, 1e-6) - 1
         log["actions"] = scaled.astype(np.float32)
     return log
 
@@ -497,7 +497,7 @@ def ask(policy: Callable, name: str, observations, dataset, log: dict, allowed=N
         given = np.concatenate(given).astype(np.float64)
         if log["actions"].ndim == 3:
             low, high = log["bounds"]
-            given = 2 * (given - low) / (high - low) - 1
+            given = 2 * (given - low) / np.maximum(high - low, 1e-6) - 1
         wanted = len(observations), gym.spaces.flatdim(dataset.action_space)
         if given.shape != wanted:
             raise ValueError(f"its answers are of shape {given.shape}, not {wanted}")
