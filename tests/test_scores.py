@@ -205,7 +205,11 @@ def test_what_another_run_began_has_its_seed_and_settings(root, scores, run, tak
         return scores.objection("offline", "bc", info)
 
     assert objection() == ""
-    assert objection(updates=5) == ""  # of the policy: another algorithm's may be others
+    if taken == "model_from":
+        assert objection(updates=5, hidden_dim=9) == ""  # another algorithm's may be others
+    else:
+        assert objection(hidden_dim=9) == f"hidden_dim is 8, and 9 in {other}"  # its own first half
+        assert objection(variant="wide") == ""
     assert objection(seed=1) == f"seed is 0, and 1 in {other}"
     assert objection(model_epochs=3) == f"model_epochs is 15, and 3 in {other}"
     assert objection(ensemble=5) == f"ensemble is 7, and 5 in {other}"

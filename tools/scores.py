@@ -46,6 +46,7 @@ SWITCH = ["score_at_switch", "lowest_score_after_switch", "regret"]
 ONLINE = ["online_steps", *SWITCH]  # only in files that have runs which went on online
 FREE = {"seed", "eval_every", "eval_episodes"}  # a run may take these from the command line
 TAKEN = {"model_from", "start_from"}  # and these, which name another run: see `unlike`
+ELSEWHERE = {"variant", "environment", "final_eval_episodes", "compile", "precision"}  # not a learner's
 YARDSTICKS = {  # columns of the table of algorithms
     "umaze: stitching": "reef/pointmaze/umaze-v0",
     "halfcheetah: mixed": "reef/halfcheetah/medium-replay-v1",
@@ -96,14 +97,18 @@ def objection(family: str, algorithm: str, info: dict) -> str:
     changed = sorted(name for name in fields if config[name] != wanted[name])
     problems = [f"{name} is {config[name]}, and {wanted[name]} in {file}" for name in changed]
     for taken in sorted(TAKEN & {name for name, value in config.items() if value}):
-        problems += unlike(config, Path(config[taken]))
+        half = fields - ELSEWHERE if taken == "start_from" else set()  # learned by the same algorithm
+        problems += unlike(config, Path(config[taken]), half)
     return ", ".join(problems)
 
 
-def unlike(config: dict, folder: Path) -> list[str]:
-    """Why the run in `folder` does not stand for a run's own beginning; OSError, ValueError: unreadable."""
+def unlike(config: dict, folder: Path, half: set[str]) -> list[str]:
+    """Why the run in `folder` does not stand for a run's own beginning; OSError, ValueError: unreadable.
+
+    It has the same seed and settings of a model; those of a first half that it learned, `half`, too.
+    """
     theirs = read_record(folder)["config"]
-    fields = {"seed", "ensemble", "elites"} | {name for name in config if name.startswith("model_")}
+    fields = half | {"seed", "ensemble", "elites"} | {name for name in config if name.startswith("model_")}
     ours = config | {"model_from": None}  # it has fitted the model itself
     changed = sorted(name for name in fields & theirs.keys() & ours.keys() if theirs[name] != ours[name])
     return [f"{name} is {ours[name]}, and {theirs[name]} in {folder}" for name in changed]
