@@ -109,6 +109,14 @@ def test_exit_statuses():
         common.exit_status("x.py", lambda: {}["x"])
 
 
+def test_a_scripts_own_errors_are_a_users_mistakes_too(capsys):
+    def fail():
+        raise IndexError("mend this")
+
+    assert common.exit_status("x.py", fail, errors=(IndexError,)) == 2
+    assert capsys.readouterr() == ("", "x.py: mend this\n")
+
+
 @pytest.mark.parametrize(
     ("config", "count"),
     [

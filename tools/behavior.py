@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import safetensors.torch
 import torch
-from common import ROOT, write
+from common import ROOT, exit_status, write
 from tqdm import tqdm
 
 REPLAY = 12  # snapshots on the way to medium
@@ -117,18 +117,17 @@ def main(arguments: list[str]) -> int:
     argument("--output_dir", type=Path, default=ROOT / "results/behavior", help="where <name>/ goes")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    try:
-        if not (options.run / "run.json").is_file():
-            raise sac.UserError(f"{options.run} is no folder of a run")
-        info = sac.read_saved(options.run / "run.json")
-        if info["config"].keys() != {field.name for field in dataclasses.fields(sac.Config)}:
-            raise sac.UserError(f"{options.run} is no run of algorithms/collect/sac.py")
-        target = options.output_dir / info["config"]["environment"].partition("-")[0].lower()
-        publish(options.run, info, target, options.medium)
-    except (sac.UserError, OSError) as error:
-        print(f"behavior.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status("behavior.py", publish_run, options, errors=(sac.UserError,))
+
+
+def publish_run(options: argparse.Namespace) -> None:
+    if not (options.run / "run.json").is_file():
+        raise sac.UserError(f"{options.run} is no folder of a run")
+    info = sac.read_saved(options.run / "run.json")
+    if info["config"].keys() != {field.name for field in dataclasses.fields(sac.Config)}:
+        raise sac.UserError(f"{options.run} is no run of algorithms/collect/sac.py")
+    target = options.output_dir / info["config"]["environment"].partition("-")[0].lower()
+    publish(options.run, info, target, options.medium)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,16 @@ class UserError(Exception):
     """What the user can mend: one line on stderr and exit status 2."""
 
 
-def exit_status(program: str, action: Callable[..., int | None], *arguments, advice: str = "") -> int:
-    """That of `action(*arguments)`, which may give one; what went wrong is one line on stderr."""
+def exit_status(
+    program: str, action: Callable[..., int | None], *arguments, advice: str = "", errors: tuple = ()
+) -> int:
+    """That of `action(*arguments)`, which may give one; what went wrong is one line on stderr.
+
+    `errors` are what else a user can mend: the UserErrors of scripts.
+    """
     try:
         return action(*arguments) or 0
-    except (UserError, OSError) as error:
+    except (UserError, OSError, *errors) as error:
         message, status = str(error), 2
     except KeyboardInterrupt:
         message, status = f"interrupted{advice}", 130

@@ -35,6 +35,7 @@ import onnx
 import onnxruntime
 import torch
 from assess import UserError, names_of, open_run
+from common import exit_status
 from datasets_choices import image_of
 from torch import Tensor, nn
 
@@ -247,13 +248,7 @@ def main(arguments: list[str]) -> int:
     output = options.output or options.run / "policy.onnx"
     if output.suffix != ".onnx":
         parser.error(f"--output: {output} does not end in .onnx")
-    try:
-        checked = export(options.run, output)
-    except (UserError, OSError) as error:
-        print(f"export.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(f"{output}: as `act` on {checked}")
-    return 0
+    return exit_status("export.py", lambda: print(f"{output}: as `act` on {export(options.run, output)}"))
 
 
 if __name__ == "__main__":

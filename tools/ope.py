@@ -51,7 +51,7 @@ import numpy as np
 import pandas as pd
 import scipy
 import torch
-from common import ROOT, write
+from common import ROOT, exit_status, write
 from tqdm import tqdm
 
 
@@ -465,13 +465,10 @@ def main() -> int:
         part.add_argument("--out", type=Path, default=ROOT / "results/ope", help="where <part>.csv goes")
     options, start = parser.parse_args(), time.perf_counter()
     torch.set_num_threads(1)
-    try:
-        run(options)
-    except (OSError, sepsis.UserError, rollouts.UserError, robust.UserError) as error:
-        print(f"ope.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    errors = sepsis.UserError, rollouts.UserError, robust.UserError
+    status = exit_status("ope.py", run, options, errors=errors)
     print(f"{time.perf_counter() - start:.0f} s")
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -25,13 +25,13 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
+from common import ROOT, exit_status, write
 from matplotlib.figure import Figure
 from ope import fit_model, load, model_values, rows_of, sepsis, steps_of
 from tqdm import tqdm
 
 shadow = load("evaluate/shadow")
 
-ROOT = Path(__file__).resolve().parents[1]
 LOGGED, BLOCK = 5000, 500  # episodes of a log, and of each arm that are simulated at a time
 LOST = 0.9  # share of the deaths after courses like the harmful policy's that the flattering log has lost
 FACTS = ("gain", "lower", "ess", "mean_agreement", "mean_gap")
@@ -199,19 +199,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "results/shadow")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs/img/shadow.png")
     arguments = parser.parse_args()
+    return exit_status("shadow_study.py", publish, arguments, errors=(sepsis.UserError,))
+
+
+def publish(arguments: argparse.Namespace) -> None:
+    """Writes the tables and the picture, and prints one."""
     start = time.perf_counter()
-    try:
-        courses, decisions = study(arguments.seeds)
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        courses.to_csv(arguments.out / "courses.csv", index=False, float_format="%.4f")
-        decisions.to_csv(arguments.out / "decisions.csv", index=False, float_format="%.4f")
-        draw(courses, decisions, arguments.picture)
-    except (OSError, sepsis.UserError) as error:
-        print(f"shadow_study.py: {error}", file=sys.stderr)
-        return 2
+    courses, decisions = study(arguments.seeds)
+    for name, table in {"courses": courses, "decisions": decisions}.items():
+        write(arguments.out / f"{name}.csv", table.to_csv(index=False, float_format="%.4f"))
+    draw(courses, decisions, arguments.picture)
     print("\n".join(table_lines(courses)))
     print(f"{time.perf_counter() - start:.0f} s; written to {arguments.out} and {arguments.picture}")
-    return 0
 
 
 if __name__ == "__main__":
