@@ -627,6 +627,47 @@ def test_time_alone_does_not_go_back(tabled, refused, tmp_path):
     assert [len(episode.rewards) for episode in episodes] == [3, 2, 1]
 
 
+def test_a_later_log_has_the_numbers_of_an_earlier_one(tabled, call, tmp_path):
+    """Words that it lacks keep their entries, choices that it lacks their numbers; nothing is new."""
+    first = make_table(observation_1=[*"abcabcab"], action_0=["left", "right", "up", "left"] * 2)
+    earlier, _, _ = tabled(first)
+    later = make_table(observation_1=[*"ccbbccbb"], action_0=["up", "right"] * 4)
+    later.to_csv(tmp_path / "log.csv", index=False)
+    words = (tmp_path / "log.csv", "--dataset", "my/later-v0", "--like", "my/logs-v0")
+    assert call(*words)[0] == 0
+    dataset = minari.load_dataset("my/later-v0")
+    for name in ("observation_columns", "action_names"):
+        assert dataset.storage.metadata[name] == earlier.storage.metadata[name]
+    episodes = list(dataset.iterate_episodes())
+    assert episodes[0].observations[:, 1:].tolist() == [[0, 0, 1], [0, 0, 1], [0, 1, 0], [0, 1, 0]]
+    assert episodes[0].actions.tolist() == [2, 1, 2]
+    assert dataset.action_space == earlier.action_space
+    minari.delete_dataset("my/later-v0")
+    for change, said in (
+        ({"action_0": [*["up"] * 4, "down", *["up"] * 3]}, "row 4 (line 6): the action is down, which the"),
+        ({"observation_1": [*"cccccdcc"]}, "row 5 (line 7): observation_1 is d, which the"),
+        ({"observation_1": 0.5}, "columns are ['observation_0', 'observation_1'], those of my/logs-v0"),
+    ):
+        later.assign(**change).to_csv(tmp_path / "log.csv", index=False)
+        status, _, err = call(*words)
+        assert (status, err.count("\n")) == (2, 1)
+        assert said in err
+
+
+def test_a_later_log_has_the_bounds_of_an_earlier_one(tabled, call, tmp_path):
+    earlier, _, _ = tabled(make_table())
+    make_table(action_0=np.linspace(0.2, 0.9, 8)).to_csv(tmp_path / "log.csv", index=False)
+    words = (tmp_path / "log.csv", "--dataset", "my/later-v0", "--like")
+    status, out, _ = call(*words, "my/logs-v0")
+    assert status == 0
+    assert "action bounds: those of my/logs-v0" in out
+    assert "action entries outside, which training clips: 25.00%" in out
+    assert minari.load_dataset("my/later-v0").action_space == earlier.action_space
+    minari.delete_dataset("my/later-v0")
+    assert "like: cannot load my/none-v0" in call(*words, "my/none-v0")[2]
+    assert "like: the earlier import settles" in call(*words, "my/logs-v0", "--action_low", "0")[2]
+
+
 def test_missing_words_and_choices(tabled):
     table = make_table(action_0=[*"bbaabb", None, "a"], shift=["x", None, "y", "x", "y", "x", "y", "y"])
     names = ("--observations", "shift", "--missing", "carry")

@@ -28,6 +28,9 @@ single column of actions that holds words, or a few whole numbers, makes a datas
 actions), numbered by their sorted words. Several such columns need a word: `--choices joint` makes every
 combination that occurs one choice, `--choices numbers` takes whole numbers as quantities.
 
+`--like my/logs-v0` is for a later log of the same kind: words and choices get the numbers, actions the bounds
+that they have in that earlier import, so that a policy of the one can be judged on the other.
+
 A value may be missing: an empty cell, NA, nan. `--missing drop` leaves out the episodes where one is,
 `--missing carry` repeats what was observed last in the episode, and leaves out what that cannot mend
 (a first observation, an action, a reward, a flag). Otherwise they are counted and refused.
@@ -123,6 +126,7 @@ class Config:
     missing: str = "refuse"  # missing values: refuse, drop their episodes, or carry the last observation on
     gaps: str = "keep"  # gaps in time: keep their steps, or cut the episode there
     choices: Optional[str] = None  # of several discrete columns of actions: joint or numbers
+    like: Optional[str] = None  # id of an earlier import, whose words, choices and bounds hold here
     heldout: Share = 0.0  # share of the episodes that goes into a dataset of its own, <name>-heldout-v<n>
     seed: int = 0  # of the held-out episodes
     environment: Optional[str] = None  # Gymnasium id: policies are evaluated there; null: nowhere
@@ -364,7 +368,7 @@ def read_log(config: Config, env: gym.Env | None) -> tuple[Log, dict]:
     propensities [N], episode_ids [N] as they are; None for what it lacks, nan for a missing value. With them
     come "columns", the names for the metadata.
     """
-    log = Log(config.file)
+    log, like = Log(config.file), read_like(config)
     given = {
         "observations": config.observations,
         "actions": config.actions,
@@ -391,14 +395,18 @@ def read_log(config: Config, env: gym.Env | None) -> tuple[Log, dict]:
         raise log.fault(f"observations are {seen}, but next_observations {following}: one for each")
     for key in sorted(seen):
         others = following.get(key, seen[key])
-        matrix, titles = encode(log, seen[key], others)
+        matrix, titles = encode(log, seen[key], others, like)
         fields["observations"] = {**(fields["observations"] or {}), key: matrix}
         columns["observation_columns"] += titles
         if following:
-            matrix, _ = encode(log, others, seen[key])
+            matrix, _ = encode(log, others, seen[key], like)
             fields["next_observations"] = {**(fields["next_observations"] or {}), key: matrix}
-    fields["actions"], known = read_actions(config, log, names["actions"][""], env)
+    fields["actions"], known = read_actions(config, log, names["actions"][""], env, like)
     columns |= known
+    if like:
+        for name in ("observation_columns", "action_columns"):
+            if columns[name] != like.get(name):
+                raise log.fault(f"its {name} are {columns[name]}, those of {config.like} {like.get(name)}")
 
     readers = {"rewards": log.scalars, "propensities": log.shares, "episode_ids": log.ids}
     readers |= {"timestamps": log.times, "terminations": log.flags, "truncations": log.flags}
@@ -423,10 +431,20 @@ def read_log(config: Config, env: gym.Env | None) -> tuple[Log, dict]:
     return log, {**fields, "columns": columns}
 
 
-def encode(log: Log, names: list[str], others: list[str]) -> tuple[np.ndarray, list[str]]:
+def read_like(config: Config) -> dict:
+    """The metadata of the earlier import that this one is like; empty without one."""
+    if config.like is None:
+        return {}
+    with explain(f"like: cannot load {config.like}", "name a dataset of this script on this machine"):
+        metadata = minari.load_dataset(config.like).storage.metadata
+        return metadata | {"observation_columns": metadata["observation_columns"]}  # others have none
+
+
+def encode(log: Log, names: list[str], others: list[str], like: dict) -> tuple[np.ndarray, list[str]]:
     """Columns side by side [N, sum of d], and a title for each; words become an entry of 0 and 1 each.
 
-    `others` are the columns before or after a step that have the same meaning, and maybe further words.
+    `others` are the columns before or after a step that have the same meaning, and maybe further words; with
+    `like`, metadata of an earlier import, the words are that one's.
     """
     parts, titles = [], []
     for name, other in zip(names, others):
@@ -439,6 +457,13 @@ def encode(log: Log, names: list[str], others: list[str]) -> tuple[np.ndarray, l
         if beside is None:
             raise log.fault(f"{name} holds words, {other} does not")
         known = sorted({*words.dropna(), *beside.dropna()})
+        if like:
+            titles_before = [title for title in like["observation_columns"] if title.startswith(f"{name}=")]
+            before = [title.removeprefix(f"{name}=") for title in titles_before]
+            if new := sorted({*known} - {*before}):
+                problem = f"{name} is {new[0]}, which the earlier import has not"
+                raise log.fault(problem, first_row(words, new[0]))
+            known = before
         entries = np.stack([(words == word).to_numpy(np.float32) for word in known], axis=1)
         entries[words.isna().to_numpy()] = np.nan
         parts.append(entries)
@@ -452,7 +477,15 @@ def column_titles(name: str, array: np.ndarray) -> list[str]:
     return [name] if width == 1 else [f"{name}[{entry}]" for entry in range(width)]
 
 
-def read_actions(config: Config, log: Log, names: list[str], env: gym.Env | None) -> tuple[np.ndarray, dict]:
+def first_row(words: pd.Series, word: str) -> int | None:
+    """Where the word comes first, if it does."""
+    rows = np.flatnonzero(words == word)
+    return rows[0] if len(rows) else None
+
+
+def read_actions(
+    config: Config, log: Log, names: list[str], env: gym.Env | None, like: dict
+) -> tuple[np.ndarray, dict]:
     """Quantities [N, act_dim] or numbers of choices [N, 1], nan where missing, and names for the metadata."""
     columns, few, wordy = {}, [], None
     for name in names:
@@ -465,6 +498,8 @@ def read_actions(config: Config, log: Log, names: list[str], env: gym.Env | None
             few.append(name)
     if env:
         is_choice = isinstance(env.action_space, Discrete)
+    elif like:
+        is_choice = "action_names" in like
     elif config.action_low or config.action_high or config.choices == "numbers":
         is_choice = False
     else:
@@ -481,8 +516,8 @@ def read_actions(config: Config, log: Log, names: list[str], env: gym.Env | None
     if env:
         actions = np.concatenate(list(columns.values()), axis=1)
         choices = check_choices(log, actions, env.action_space)
-    elif len(names) == 1 or config.choices == "joint":
-        actions, choices = number_choices(log, columns)
+    elif len(names) == 1 or config.choices == "joint" or like:
+        actions, choices = number_choices(log, columns, like)
     else:
         advice = "--choices joint makes each combination that occurs one choice"
         if not wordy:
@@ -511,8 +546,11 @@ def check_choices(log: Log, array: np.ndarray, space: Discrete) -> list[str]:
     return [str(choice) for choice in known]
 
 
-def number_choices(log: Log, columns: dict) -> tuple[np.ndarray, list[str]]:
-    """Numbers [N, 1] of the combinations that occur in columns of words or numbers, and their names."""
+def number_choices(log: Log, columns: dict, like: dict) -> tuple[np.ndarray, list[str]]:
+    """Numbers [N, 1] of the combinations that occur in columns of words or numbers, and their names.
+
+    With `like`, metadata of an earlier import, they are numbered as there.
+    """
     codes, words = [], {}
     for name, values in columns.items():
         numbers, found = pd.factorize(np.ravel(values), sort=True)  # -1: missing
@@ -529,6 +567,12 @@ def number_choices(log: Log, columns: dict) -> tuple[np.ndarray, list[str]]:
         named = [f"{name}={word}" for name, word in parts.items()]
         names.append(", ".join(named if len(parts) > 1 else parts.values()))
     actions = np.full((len(absent), 1), np.nan)
+    if like:
+        known = {name: number for number, name in enumerate(like["action_names"])}
+        if new := [name for name in names if name not in known]:
+            row = np.flatnonzero(~absent)[np.argmax(numbers == names.index(new[0]))]
+            raise log.fault(f"the action is {new[0]}, which the earlier import has not", row)
+        numbers, names = np.array([known[name] for name in names])[numbers], list(known)
     actions[~absent, 0] = numbers
     return actions, names
 
@@ -814,6 +858,8 @@ def cast(array: np.ndarray, space: Box) -> np.ndarray:
 def action_bounds(config: Config, log: Log, actions: np.ndarray) -> tuple[Box, str]:
     """The space of quantities without an environment, and where its bounds are from."""
     given = {"action_low": config.action_low, "action_high": config.action_high}
+    if config.like:
+        return minari.load_dataset(config.like).action_space, f"those of {config.like}"
     if not any(given.values()):
         if actions.shape[1] == 1 and (actions == actions.round()).all() and not config.choices:
             problem = "the only column of actions holds whole numbers, too many to be choices"
@@ -889,6 +935,8 @@ def check_config(config: Config) -> None:
     references = config.ref_min, config.ref_max
     if references != (None, None) and (None in references or references[0] >= references[1]):
         raise UserError("ref_min and ref_max: give both, the smaller first, or neither")
+    if config.like and (config.choices or config.action_low or config.action_high):
+        raise UserError("like: the earlier import settles choices and bounds; leave them out")
     if config.environment and (config.action_low or config.action_high):
         raise UserError("action_low, action_high: the environment has bounds of its own; leave them out")
 

@@ -419,7 +419,8 @@ def check_names(policy: str, dataset: minari.MinariDataset) -> None:
         known, ours = minari.load_dataset(source).storage.metadata, dataset.storage.metadata
         for field in ("action_names", "observation_columns"):
             if field in known and field in ours and known[field] != ours[field]:
-                raise ValueError(f"{field} are {known[field]} where it learned, {ours[field]} here")
+                where = f"{known[field]} where it learned, {ours[field]} here"
+                raise ValueError(f"{field} are {where}; import this log --like {source}")
 
 
 def ask(policy: Callable, name: str, observations, dataset, log: dict, allowed=None) -> np.ndarray:
