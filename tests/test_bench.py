@@ -305,6 +305,7 @@ def test_a_sweep_holds_time_against_work(program):
         (["td3_bc", "--peer", "/nowhere"], "--peer /nowhere: no such folder"),
         (["td3_bc", "--peer", ROOT / "docs"], f"td3_bc: no script of this name in {ROOT / 'docs'}"),
         (["--peer", ROOT / "docs"], f"no script of this name in {ROOT / 'docs'}"),
+        (["nonsense", "--sweep", "critics", "2"], "nonsense: not one of awac, "),
         (["td3_bc", "sac_n", "--sweep", "critics", "2"], "td3_bc: no critics among its settings"),
         (["td3_bc", "--sweep", "batch_size"], "a field and numbers above 0 are wanted"),
         (["td3_bc", "--sweep", "batch_size", "256", "many"], "a field and numbers above 0 are wanted"),

@@ -325,7 +325,9 @@ def measure_in_child(name: str, place: str, value: str | None, arguments: argpar
 def choose(arguments: argparse.Namespace) -> list[str]:
     """The scripts to measure: those named, else all that can be. UserError where one that is named cannot."""
     known = sorted(path.stem for path in (ROOT / "algorithms/offline").glob("*.py"))
-    names, able, lack = arguments.scripts or known, known, f"not one of {', '.join(known)}"
+    names, able, lack = arguments.scripts or known, known, ""
+    if unknown := sorted(set(names) - set(known)):
+        raise UserError(f"{', '.join(unknown)}: not one of {', '.join(known)}")
     if arguments.peer:
         if not arguments.peer.is_dir():
             raise UserError(f"--peer {arguments.peer}: no such folder")
@@ -336,9 +338,8 @@ def choose(arguments: argparse.Namespace) -> list[str]:
         numbers = [value for value in values if re.fullmatch(r"\d+(\.\d+)?", value) and float(value) > 0]
         if not values or values != numbers:
             raise UserError(f"--sweep {' '.join(arguments.sweep)}: a field and numbers above 0 are wanted")
-        known = [name for name in known if name in names]
-        able = [name for name in known if field in load_script(name).Config.__dataclass_fields__]
-        lack = f"no script of this name, or no {field} among its settings"
+        able = [name for name in names if field in load_script(name).Config.__dataclass_fields__]
+        lack = f"no {field} among its settings"
     unable = sorted(set(names) - set(able))
     if unable and (arguments.scripts or not able):
         raise UserError(f"{', '.join(unable)}: {lack}")
