@@ -654,6 +654,30 @@ def test_a_later_log_has_the_numbers_of_an_earlier_one(tabled, call, tmp_path):
         assert said in err
 
 
+def test_next_observations_of_a_later_log_have_its_words_too(tabled, call, tmp_path):
+    """They go by another name, and mean the same."""
+    names = ("--observations", "shift", "--next_observations", "next_shift")
+    shifts = {"shift": [*"xyzxyzxy"], "next_shift": [*"yzzyzzyy"]}
+    tabled(make_table(**shifts), *names)
+    later = make_table(shift=["z"] * 8, next_shift=["z"] * 8, action_0=np.linspace(0.2, 0.9, 8))
+    later.to_csv(tmp_path / "log.csv", index=False)
+    words = (tmp_path / "log.csv", *names, "--dataset", "my/later-v0", "--like", "my/logs-v0")
+    assert call(*words)[0] == 0
+    dataset = minari.load_dataset("my/later-v0")
+    assert dataset.storage.metadata["observation_columns"] == ["shift=x", "shift=y", "shift=z"]
+    assert {tuple(row) for row in next(dataset.iterate_episodes()).observations.tolist()} == {(0, 0, 1)}
+    minari.delete_dataset("my/later-v0")
+    later.assign(next_shift=[*"zzzzwzzz"]).to_csv(tmp_path / "log.csv", index=False)
+    assert "row 4 (line 6): next_shift is w, which the earlier import has not" in call(*words)[2]
+
+
+def test_what_this_script_did_not_import_names_no_columns(pendulum, tmp_path):
+    make_table().to_csv(tmp_path / "log.csv", index=False)
+    words = [f"--file={tmp_path / 'log.csv'}", f"--like={pendulum}", "--dataset=my/later-v0"]
+    with pytest.raises(from_arrays.UserError, match=f"like: {pendulum} was not imported by this script"):
+        from_arrays.import_log(from_arrays.parse_config(words))
+
+
 def test_a_later_log_has_the_bounds_of_an_earlier_one(tabled, call, tmp_path):
     earlier, _, _ = tabled(make_table())
     make_table(action_0=np.linspace(0.2, 0.9, 8)).to_csv(tmp_path / "log.csv", index=False)

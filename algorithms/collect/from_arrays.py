@@ -96,7 +96,7 @@ NAMES = {  # what the columns of each field are called
 }
 MISSING = ["", "NA", "N/A", "n/a", "#N/A", "<NA>", "nan", "NaN", "NULL", "null"]  # None is a word
 MAX_WORDS = 100  # different words, or whole numbers, of a column that is a choice
-CSV = {"index_col": False, "skipinitialspace": True}  # as every .csv is read
+CSV = {"index_col": False, "skipinitialspace": True, "keep_default_na": False, "na_values": MISSING}
 LONG_STEP = 1.5  # in median steps: what takes longer is a gap
 
 Count = NewType("Count", int)  # at least 1
@@ -356,7 +356,7 @@ def read_csv(file: Path) -> pd.DataFrame:
             if "".join(cells).strip() and len(cells) < len(header):
                 raise ValueError(f"line {reader.line_num} has {len(cells)} cells, the header {len(header)}")
     with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-        return pd.read_csv(file, **CSV, keep_default_na=False, na_values=MISSING, low_memory=False)
+        return pd.read_csv(file, **CSV, low_memory=False)
 
 
 # ----------------------------------------------- The fields -----------------------------------------------
@@ -437,7 +437,9 @@ def read_like(config: Config) -> dict:
         return {}
     with explain(f"like: cannot load {config.like}", "name a dataset of this script on this machine"):
         metadata = minari.load_dataset(config.like).storage.metadata
-        return metadata | {"observation_columns": metadata["observation_columns"]}  # others have none
+    if "observation_columns" not in metadata:
+        raise UserError(f"like: {config.like} was not imported by this script, so it names no columns")
+    return metadata
 
 
 def encode(log: Log, names: list[str], others: list[str], like: dict) -> tuple[np.ndarray, list[str]]:
@@ -458,12 +460,11 @@ def encode(log: Log, names: list[str], others: list[str], like: dict) -> tuple[n
             raise log.fault(f"{name} holds words, {other} does not")
         known = sorted({*words.dropna(), *beside.dropna()})
         if like:
-            titles_before = [title for title in like["observation_columns"] if title.startswith(f"{name}=")]
-            before = [title.removeprefix(f"{name}=") for title in titles_before]
-            if new := sorted({*known} - {*before}):
-                problem = f"{name} is {new[0]}, which the earlier import has not"
-                raise log.fault(problem, first_row(words, new[0]))
-            known = before
+            known = words_before(like, name) or words_before(like, other)
+            new = ~words.isin(known) & words.notna()
+            if new.any():
+                problem = f"{name} is {words[new.argmax()]}, which the earlier import has not"
+                raise log.fault(problem, new.argmax())
         entries = np.stack([(words == word).to_numpy(np.float32) for word in known], axis=1)
         entries[words.isna().to_numpy()] = np.nan
         parts.append(entries)
@@ -477,10 +478,10 @@ def column_titles(name: str, array: np.ndarray) -> list[str]:
     return [name] if width == 1 else [f"{name}[{entry}]" for entry in range(width)]
 
 
-def first_row(words: pd.Series, word: str) -> int | None:
-    """Where the word comes first, if it does."""
-    rows = np.flatnonzero(words == word)
-    return rows[0] if len(rows) else None
+def words_before(like: dict, name: str) -> list[str]:
+    """The words of a column that an earlier import has entries for, in their order."""
+    titles = [title for title in like["observation_columns"] if title.startswith(f"{name}=")]
+    return [title.removeprefix(f"{name}=") for title in titles]
 
 
 def read_actions(
